@@ -1,0 +1,85 @@
+"""glake-infer: one pool of memory and one copy of every weight for ONNX Runtime sessions and TensorRT engines.
+
+The public names of all parts, imported when they are first used (PEP 562): `import glake_infer as gi`
+loads no ONNX Runtime, TensorRT or CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from glake_infer.version import __version__
+
+_HOMES = {
+    "ConvertReport": "models.convert",
+    "DeviceNotFoundError": "allocators.errors",
+    "DigestMismatchError": "allocators.errors",
+    "ForkedProcessError": "allocators.errors",
+    "GlakeError": "allocators.errors",
+    "InputError": "allocators.errors",
+    "InvalidPointerError": "allocators.errors",
+    "MissingDependencyError": "allocators.errors",
+    "Model": "models.model",
+    "ModelError": "allocators.errors",
+    "ModelMemory": "models.model",
+    "OutOfMemoryError": "allocators.errors",
+    "Package": "models.package",
+    "PackageError": "allocators.errors",
+    "Pool": "allocators.pool",
+    "PoolExistsError": "allocators.errors",
+    "PoolInUseError": "allocators.errors",
+    "PoolStats": "allocators.pool",
+    "StorageFullError": "allocators.errors",
+    "Store": "store",
+    "StoreError": "allocators.errors",
+    "UnsupportedVersionError": "allocators.errors",
+    "Value": "models.manifest",
+    "convert": "models.convert",
+    "export": "models.export",
+    "export_archive": "models.export",
+    "import_archive": "models.export",
+    "inspect": "models.inspect",
+    "load": "models.model",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from glake_infer.allocators.errors import (
+        DeviceNotFoundError,
+        DigestMismatchError,
+        ForkedProcessError,
+        GlakeError,
+        InputError,
+        InvalidPointerError,
+        MissingDependencyError,
+        ModelError,
+        OutOfMemoryError,
+        PackageError,
+        PoolExistsError,
+        PoolInUseError,
+        StorageFullError,
+        StoreError,
+        UnsupportedVersionError,
+    )
+    from glake_infer.allocators.pool import Pool, PoolStats
+    from glake_infer.models.convert import ConvertReport, convert
+    from glake_infer.models.export import export, export_archive, import_archive
+    from glake_infer.models.inspect import inspect
+    from glake_infer.models.manifest import Value
+    from glake_infer.models.model import Model, ModelMemory, load
+    from glake_infer.models.package import Package
+    from glake_infer.store import Store
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'glake_infer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"glake_infer.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

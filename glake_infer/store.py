@@ -1,0 +1,274 @@
+"""The store: one file per distinct weight of this machine, named by its digest.
+
+    ROOT/objects/ab/abcd...        a weight's raw bytes, mode 0444, never modified
+    ROOT/prepared/objects/ab/...   weights that ONNX Runtime derived on this machine (fused, prepacked)
+    ROOT/prepared/KEY/             a graph over them (models/prepare.py)
+    ROOT/packages/HASH.json        which package lies where and which objects it needs
+    ROOT/pending/ID.json           a folder that is being written; what a killed process left is found here
+    ROOT/lock                      held shared by whoever reads or adds objects, exclusively by gc
+
+ROOT is `$GLAKE_STORE`, or `$XDG_CACHE_HOME/glake-infer/store` (`~/.cache/...`).
+
+An object is written to a temporary sibling, synced and linked to its name, so a name always stands for
+complete bytes. Its modification time is set to `SEALED`: a different one means that somebody wrote to the
+file, and the next convert that needs it looks at its bytes again. Whoever loads a weight checks its digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from blake3 import blake3
+
+from glake_infer.allocators.errors import DigestMismatchError, StorageFullError, StoreError
+from glake_infer.digest import Buffer, Progress, digest_of, digest_of_file, is_digest
+
+ObjectState = Literal["intact", "missing", "short", "altered"]
+
+MANIFEST = "manifest.json"
+"""The file that makes a folder a package."""
+
+SEALED = 1_000_000_000
+"""Modification time (seconds since 1970) of every object that nobody has touched."""
+
+
+def default_root() -> Path:
+    """Where the store lies when nobody says otherwise."""
+    if root := os.environ.get("GLAKE_STORE"):
+        return Path(root).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    base = Path(cache) if cache else Path.home() / ".cache"
+    return (base / "glake-infer" / "store").absolute()
+
+
+@contextlib.contextmanager
+def storage_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into StorageFullError or StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(
+                f"no space left on the disk of {where} while {what}. Nothing was left half-written. "
+                f"Free some space (`glake-infer store gc` removes what no package needs), or point "
+                f"GLAKE_STORE or -o at another disk, and run the command again."
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise StoreError(
+                f"may not write to {where} while {what}: {error.strerror}. "
+                f"Make it writable for this user, or point GLAKE_STORE or -o elsewhere."
+            ) from error
+        raise
+
+
+def write_file(path: Path, data: Buffer) -> None:
+    """Write `data` to `path` through a synced temporary sibling: all or nothing."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ObjectFolder:
+    """A folder of content-addressed files. Thread- and process-safe: adding an object twice keeps the first."""
+
+    def __init__(self, store_root: Path, relative: str) -> None:
+        """Address `store_root/relative`; the folder is made when the first object comes."""
+        self._store_root = store_root
+        self._relative = relative
+        self.root = store_root / relative
+
+    def location(self, digest: str) -> str:
+        """Path of an object relative to the store's root: what a graph's `external_data` names."""
+        if not is_digest(digest):
+            raise StoreError(f"{digest[:80]!r} is not a digest (64 hexadecimal characters)")
+        return f"{self._relative}/{digest[:2]}/{digest}"
+
+    def path(self, digest: str) -> Path:
+        """Where the object lies, whether it exists or not."""
+        return self._store_root / self.location(digest)
+
+    def state(self, digest: str, length: int) -> ObjectState:
+        """Whether the object is there with these bytes: by size and seal, by its digest where the seal is broken."""
+        path = self.path(digest)
+        try:
+            status = path.stat()
+            if status.st_size != length:
+                return "short" if status.st_size < length else "altered"
+            sealed = int(status.st_mtime) == SEALED or digest_of_file(path) == digest
+        except FileNotFoundError:
+            return "missing"
+        return "intact" if sealed else "altered"
+
+    def holds(self, digest: str, length: int) -> bool:
+        """Whether the object is intact. A damaged one is removed, so that whoever asked can add it again."""
+        state = self.state(digest, length)
+        if state in ("short", "altered"):
+            self.path(digest).unlink(missing_ok=True)
+        return state == "intact"
+
+    def add(self, digest: str, length: int, pieces: Iterable[Buffer], progress: Progress | None = None) -> None:
+        """Write an object from `pieces`, `length` bytes together.
+
+        Raises DigestMismatchError where the bytes are not those of `digest` (the source changed meanwhile)
+        and StorageFullError on a full disk; either way nothing is left behind.
+        """
+        path = self.path(digest)
+        temporary = path.with_name(f".{digest}.{uuid.uuid4().hex}.tmp")
+        with storage_errors("adding a weight to the store", self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                state, done = blake3(max_threads=blake3.AUTO), 0
+                with temporary.open("xb", buffering=0) as file:
+                    for piece in pieces:
+                        view = memoryview(piece).cast("B")
+                        state.update(view)
+                        for written in _write_all(file.fileno(), view):
+                            done += written
+                            if progress:
+                                progress(written)
+                    os.fchmod(file.fileno(), 0o444)
+                    os.fsync(file.fileno())
+                if done != length or state.hexdigest() != digest:
+                    raise DigestMismatchError(
+                        f"{done} bytes with digest {state.hexdigest()[:16]} came where {length} bytes with digest "
+                        f"{digest[:16]} were expected: the source changed while it was read. Run the command again "
+                        f"when nothing writes to it."
+                    )
+                os.utime(temporary, (SEALED, SEALED))
+                with contextlib.suppress(FileExistsError):  # somebody else was faster: keep theirs, it may be mapped
+                    path.hardlink_to(temporary)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def add_buffer(self, data: Buffer, digest: str | None = None) -> tuple[str, bool]:
+        """Add `data` if it is missing; returns its digest and whether it was new."""
+        digest = digest or digest_of(data)
+        if self.holds(digest, len(data)):
+            return digest, False
+        self.add(digest, len(data), [data])
+        return digest, True
+
+    def __iter__(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield (digest, status) of every object."""
+        for path in sorted(self.root.glob("[0-9a-f][0-9a-f]/*")):
+            if is_digest(path.name):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.name, path.stat()
+
+    def temporaries(self) -> Iterator[Path]:
+        """What killed processes left; only meaningful under the exclusive lock."""
+        yield from self.root.glob("[0-9a-f][0-9a-f]/.*.tmp")
+
+
+def _write_all(fd: int, view: memoryview) -> Iterator[int]:
+    while view:
+        written = os.write(fd, view[: 16 << 20])
+        yield written
+        view = view[written:]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A registered package: where its record and its folder lie, what its manifest's identity was, what it needs."""
+
+    file: Path
+    path: Path
+    identity: str
+    digests: frozenset[str]
+
+    def exists(self) -> bool:
+        """Whether the package is still where it was (some version of it: its path is what is registered)."""
+        return (self.path / MANIFEST).is_file()
+
+
+class Store:
+    """The store at `root`. Cheap to make; nothing is created before something is written."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        """Open the store at `root`, by default `default_root()`."""
+        self.root = Path(root).expanduser().absolute() if root is not None else default_root()
+        self.objects = ObjectFolder(self.root, "objects")
+        self.prepared = self.root / "prepared"
+        self.prepared_objects = ObjectFolder(self.root, "prepared/objects")
+        self.packages = self.root / "packages"
+        self.pending = self.root / "pending"
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Keep gc away while objects are read or added (a shared lock; any number of holders)."""
+        with self.locked("lock", exclusive=False):
+            yield
+
+    @contextlib.contextmanager
+    def locked(self, name: str, *, exclusive: bool, wait: bool = True) -> Iterator[None]:
+        """Hold the file lock `name`; raises BlockingIOError if `wait` is False and somebody holds it."""
+        with storage_errors("opening the store", self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            path = self.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            fcntl.flock(fd, mode if wait else mode | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Announce that `folder` (temporary, anywhere) is being written, so that gc finds it after a kill."""
+        with storage_errors("preparing to write", self.root):
+            self.pending.mkdir(parents=True, exist_ok=True)
+            note = self.pending / f"{uuid.uuid4().hex}.json"
+            write_file(note, json.dumps({"path": str(folder)}).encode())
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
+
+    def register(self, path: Path, identity: str, digests: Iterable[str]) -> None:
+        """Remember that the package at `path` needs these objects. Idempotent; the last word on a path wins."""
+        path = path.absolute()
+        record = {"path": str(path), "identity": identity, "digests": sorted(set(digests))}
+        target = self.packages / f"{digest_of(str(path).encode())[:32]}.json"
+        data = json.dumps(record).encode()
+        with storage_errors("registering a package", self.root):
+            self.packages.mkdir(parents=True, exist_ok=True)
+            if not target.exists() or target.read_bytes() != data:
+                write_file(target, data)
+
+    def users_of(self, digest: str) -> list[str]:
+        """Paths of the registered packages that need an object."""
+        return sorted(str(record.path) for record in self.records() if digest in record.digests)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every registered package; an unreadable record is an error, not a hole (gc would take its weights)."""
+        for file in sorted(self.packages.glob("[0-9a-f]*.json")):
+            try:
+                raw = json.loads(file.read_bytes())
+                yield Record(file, Path(raw["path"]), raw["identity"], frozenset(raw["digests"]))
+            except FileNotFoundError:
+                continue
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(
+                    f"{file} is damaged ({error!r}). Remove it and register its package again by "
+                    f"`glake-infer inspect PACKAGE`, before the next `glake-infer store gc`."
+                ) from error

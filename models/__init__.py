@@ -1,0 +1,1 @@
+"""Model packages: convert, inspect, open, run."""

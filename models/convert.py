@@ -1,0 +1,286 @@
+"""Convert: from an ONNX model to a package, its weights in the store once per distinct content."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto, TensorProto, inliner
+
+from glake_infer.allocators.errors import ModelError, PackageError
+from glake_infer.digest import digest_of
+from glake_infer.models.graph import (
+    Initializer,
+    all_nodes,
+    bodies,
+    initializers,
+    is_external,
+    lift_constants,
+    make_external,
+    make_names_unique,
+    scopes,
+    tensor_bytes,
+)
+from glake_infer.models.guard import guard_for_cpu
+from glake_infer.models.manifest import Manifest, Run, Source, Variant, Weight, read_manifest, run_digest
+from glake_infer.models.package import check_target, default_target, write_package
+from glake_infer.models.source import MAXIMUM_PROTOBUF, ModelSource, SourceModel, check_operators
+from glake_infer.models.values import value_of_proto
+from glake_infer.store import Store
+from glake_infer.version import __version__
+
+MINIMUM_WEIGHT = 1024
+"""Bytes from which a weight goes to the store; smaller ones stay in the graph."""
+
+COMPARED_PACKAGES = 64
+"""How many packages of the store are compared when runs are cut."""
+
+VARIANTS = {
+    "onnx": "the model as it was given, its weights in the store",
+    "cpu-lean": "for sharing='lean' on the CPU: nothing is folded to a wider type",
+}
+"""Graphs that a package can hold, over the same weights. The second exists only where it differs."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is going on, bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did. Sizes in bytes."""
+
+    source: str
+    package: str
+    weights: int
+    weight_bytes: int
+    distinct_weights: int
+    distinct_bytes: int
+    new_bytes: int
+    """Bytes that this conversion added to the store."""
+    stored_bytes: int
+    """Distinct bytes that the store held before."""
+    small_bytes: int
+    """Bytes of weights below MINIMUM_WEIGHT, which stay in the graph."""
+    constants: int
+    """Weights that were `Constant` nodes."""
+    renamed: int
+    """Weights that got a new name because another scope used theirs."""
+    variants: tuple[str, ...]
+    runs: int
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert the ONNX model `source` into the package `target` (default: beside it, `.glake`).
+
+    Weights of 1 KiB and more are streamed to the store, so memory grows with the graph and not with
+    external data. Raises ModelError (what is wrong with the model), InputError (the target is something
+    else), StorageFullError or StoreError; after any of them the target is as it was before, and at
+    most complete objects, which the next gc removes, were added to the store. Safe to call from several
+    threads and processes, on the same model too.
+    """
+    source = Path(source)
+    target = Path(target) if target is not None else default_target(source)
+    check_target(target)
+    store = store or Store()
+    with SourceModel(source) as opened:
+        return convert_source(opened, target, store=store, progress=progress)
+
+
+def convert_source(
+    opened: ModelSource, target: Path, *, store: Store, progress: Progress | None = None
+) -> ConvertReport:
+    """Convert a model that is open already; see `convert`, whose file this need not be."""
+    start = time.perf_counter()
+    source = opened.path
+    check_target(target)
+    opened.model = without_weighty_functions(opened.model)
+    model, notes = opened.model, []
+    check_operators(model, source)
+    _inline_small_external(opened)
+    constants = lift_constants(model, MINIMUM_WEIGHT)
+    renamed = make_names_unique(model)
+    if renamed:
+        first, count = next(iter(renamed.items()))
+        notes.append(
+            f"{sum(n - 1 for n in renamed.values())} weights share a name with a weight of another scope and were "
+            f"renamed (for example {first!r}, {count} times)"
+        )
+    opened.check_external()
+    found = [item for item in initializers(model) if is_external(item.tensor) or tensor_bytes(item.tensor) >= MINIMUM_WEIGHT]
+    small = sum(tensor_bytes(i.tensor) for i in initializers(model)) - sum(tensor_bytes(i.tensor) for i in found)
+    with store.using():
+        weights, new_bytes = _store_weights(opened, _by_use(model, found), store, progress)
+        inputs = tuple(value_of_proto(v) for v in model.graph.input if not _has_default(model, v.name))
+        outputs = tuple(value_of_proto(v) for v in model.graph.output)
+        files, variants = {}, {}
+        for name, purpose in VARIANTS.items():
+            if name == "cpu-lean":
+                guarded = guard_for_cpu(model)
+                if not guarded.weights:
+                    continue
+                notes.append(guarded.note())
+            file = "graph.onnx" if name == "onnx" else f"graph.{name}.onnx"
+            files[file] = _serialize(model, source)
+            variants[name] = Variant(graph=file, digest=digest_of(files[file]), purpose=purpose)
+        manifest = Manifest(
+            producer=f"glake-infer {__version__}",
+            source=Source(name=source.name, digest=opened.digest),
+            inputs=inputs,
+            outputs=outputs,
+            variants=variants,
+            weights=tuple(weights),
+            runs=cut_runs(weights, store, target),
+            notes=tuple(notes),
+        )
+        write_package(store, target, manifest, files)
+    distinct = manifest.distinct
+    return ConvertReport(
+        source=str(source),
+        package=str(target),
+        weights=len(weights),
+        weight_bytes=manifest.weight_bytes,
+        distinct_weights=len(distinct),
+        distinct_bytes=sum(distinct.values()),
+        new_bytes=new_bytes,
+        stored_bytes=sum(distinct.values()) - new_bytes,
+        small_bytes=small,
+        constants=constants,
+        renamed=sum(n - 1 for n in renamed.values()),
+        variants=tuple(variants),
+        runs=len(manifest.runs),
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def without_weighty_functions(model: ModelProto) -> ModelProto:
+    """Inline the model-local functions where one holds a weight: functions have no initializers."""
+    for function in model.functions:
+        for node in _nodes_below(function.node):
+            for attribute in node.attribute:
+                if attribute.HasField("t") and (is_external(attribute.t) or tensor_bytes(attribute.t) >= MINIMUM_WEIGHT):
+                    return inliner.inline_local_functions(model)
+    return model
+
+
+def _nodes_below(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
+    for node in nodes:
+        yield node
+        for body in bodies(node):
+            for scope in scopes(body):
+                yield from scope.node
+
+
+def _inline_small_external(opened: ModelSource) -> None:
+    """Bring external tensors that cannot be weights of a package (small ones, attributes) into the graph."""
+    tensors = [a.t for node in all_nodes(opened.model) for a in node.attribute if a.HasField("t")]
+    tensors += [item.tensor for item in initializers(opened.model)]
+    for tensor in tensors:
+        if is_external(tensor) and tensor_bytes(tensor) < MINIMUM_WEIGHT:
+            data = b"".join(bytes(piece) for piece in opened.pieces(tensor))
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+            tensor.raw_data = data
+
+
+def _by_use(model: ModelProto, found: list[Initializer]) -> list[Initializer]:
+    """Order weights by their first use: what runs together lies together, whatever order the exporter chose."""
+    first: dict[str, int] = {}
+    for scope in scopes(model.graph):
+        for node in scope.node:
+            for name in node.input:
+                first.setdefault(name, len(first))
+    return sorted(found, key=lambda item: first.get(item.tensor.name, len(first)))
+
+
+def _store_weights(
+    opened: ModelSource, found: list[Initializer], store: Store, progress: Progress | None
+) -> tuple[list[Weight], int]:
+    """Put every weight into the store and turn it into a reference; returns the weights and the bytes added."""
+    total = sum(tensor_bytes(item.tensor) for item in found)
+    done = new = 0
+    weights = []
+    for item in found:
+        tensor = item.tensor
+        size = tensor_bytes(tensor)
+        digest = opened.digest_of(tensor)
+        if not store.objects.holds(digest, size):
+            store.objects.add(digest, size, opened.pieces(tensor))
+            new += size
+        weights.append(
+            Weight(
+                name=tensor.name,
+                digest=digest,
+                bytes=size,
+                dtype=TensorProto.DataType.Name(tensor.data_type).lower(),
+                shape=tuple(tensor.dims),
+                overridable=item.overridable,
+            )
+        )
+        make_external(tensor, store.objects.location(digest), size)
+        done += size
+        if progress:
+            progress("weights", done, total)
+    return weights, new
+
+
+def cut_runs(weights: Sequence[Weight], store: Store, target: Path) -> tuple[Run, ...]:
+    """Cut the weights into runs: after every weight where another package of the store starts or stops being equal."""
+    digests = [weight.digest for weight in weights]
+    mine = set(digests)
+    others = sorted(
+        ((len(mine & record.digests), str(record.path)) for record in store.records() if record.path != target.absolute()),
+        reverse=True,
+    )
+    cuts: set[int] = set()
+    for shared, path in others[:COMPARED_PACKAGES]:
+        if shared:
+            with contextlib.suppress(PackageError, OSError):
+                cuts |= _borders(digests, [weight.digest for weight in read_manifest(Path(path)).weights])
+    edges = [0, *sorted(cuts), len(digests)] if digests else [0]
+    runs = []
+    for first, end in itertools.pairwise(edges):
+        part = tuple(weights[first:end])
+        runs.append(Run(first=first, count=end - first, bytes=sum(w.bytes for w in part), digest=run_digest(part)))
+    return tuple(runs)
+
+
+def _borders(mine: list[str], theirs: list[str]) -> set[int]:
+    """Positions in `mine` where a stretch that `theirs` holds too, in the same order, begins or ends."""
+    follows = set(itertools.pairwise(theirs))
+    known = set(theirs)
+    borders = set()
+    for index in range(1, len(mine)):
+        before, after = mine[index - 1], mine[index]
+        if (before in known) != (after in known) or (before in known and (before, after) not in follows):
+            borders.add(index)
+    return borders
+
+
+def _has_default(model: ModelProto, name: str) -> bool:
+    return any(tensor.name == name for tensor in model.graph.initializer) or any(
+        sparse.values.name == name for sparse in model.graph.sparse_initializer
+    )
+
+
+def _serialize(model: ModelProto, source: Path) -> bytes:
+    size = model.ByteSize()
+    if size > MAXIMUM_PROTOBUF:
+        raise ModelError(
+            f"the graph of {source} has {size} bytes without its weights, more than the 2 GiB of a protobuf file: sparse or "
+            f"string tensors stay in the graph. Split the model, or make these tensors dense."
+        )
+    return model.SerializeToString(deterministic=True)

@@ -1,0 +1,313 @@
+"""Load a package into a pool and run it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx
+
+from glake_infer.allocators.errors import GlakeError, InputError, ModelError, StorageFullError
+from glake_infer.allocators.ort import Initializer, require_onnxruntime
+from glake_infer.allocators.pool import Pool
+from glake_infer.models.graph import initializers, is_external
+from glake_infer.models.manifest import Value
+from glake_infer.models.package import Package
+from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
+from glake_infer.models.values import check_feeds, value_of_argument
+from glake_infer.residency import AlteredObjectError, Residency, Wanted
+from glake_infer.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime as ort
+
+Sharing = Literal["fast", "lean"]
+Optimization = Literal["all", "extended", "basic", "disable"]
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """Where a model's weights are, in bytes. Other models may hold what is shared."""
+
+    shared: int
+    """Weights that another loaded model uses too, held once for all of them."""
+    own: int
+    """Weights that only this model uses, mapped from the store."""
+    private: int
+    """Copies that the session made for itself in the pool (small weights, and what could not be shared)."""
+
+
+class Model:
+    """A loaded package: an ONNX Runtime session whose weights are shared and whose memory is the pool's.
+
+    `run` may be called from several threads at once. Use as a context manager, or call `close()`.
+    """
+
+    session: ort.InferenceSession
+    """The session. It must not be used after `close()`."""
+
+    def __init__(self, package: Package, pool: Pool, sharing: Sharing) -> None:
+        """Use `load`; this only makes the empty shell."""
+        self.package = package
+        self.pool = pool
+        self.sharing = sharing
+        self.notes: tuple[str, ...] = package.manifest.notes
+        self._number = next(_numbers)
+        self._residency = Residency.of(pool)
+        self._held: tuple[str, ...] = ()
+        self._attachment: Any = None
+        self._private = 0
+        self._running = 0
+        self._closed = False
+        self._condition = threading.Condition()
+
+    @property
+    def name(self) -> str:
+        """The package's folder name without `.glake`."""
+        return self.package.path.name.removesuffix(".glake")
+
+    @property
+    def inputs(self) -> list[Value]:
+        """Inputs that must be fed, in order."""
+        return self._inputs
+
+    @property
+    def overridable(self) -> list[Value]:
+        """Weights that may be fed too, instead of their stored values."""
+        return self._optional
+
+    @property
+    def outputs(self) -> list[Value]:
+        """Outputs, in the order in which `run` gives them."""
+        return self._outputs
+
+    @property
+    def memory(self) -> ModelMemory:
+        """Where this model's weights are now."""
+        users = self._residency.users()
+        shared = own = 0
+        for digest in self._held:
+            size, models = users[digest]
+            if len(models) > 1:
+                shared += size
+            else:
+                own += size
+        return ModelMemory(shared, own, self._private)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+        """Run the model on `feeds` (name -> array) and return name -> array, in the order of `outputs`.
+
+        Raises InputError (a wrong name, dtype or shape), OutOfMemoryError (the pool's limit; the model stays
+        usable), ModelError (ONNX Runtime failed inside the model), or GlakeError after `close()`.
+        """
+        names = [value.name for value in self._outputs] if outputs is None else list(outputs)
+        if unknown := set(names) - {value.name for value in self._outputs}:
+            raise InputError(f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}.")
+        checked = check_feeds(self._inputs, self._optional, feeds)
+        with self._in_flight(), session_errors(self.pool, f"running {self.name}"):
+            return dict(zip(names, self.session.run(names, checked), strict=True))
+
+    def close(self) -> None:
+        """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
+        with self._condition:
+            if self._closed:
+                return
+            self._closed = True
+            self._condition.wait_for(lambda: not self._running)
+        self._release()
+
+    def _release(self) -> None:
+        if hasattr(self, "session"):
+            del self.session
+        if self._attachment is not None:
+            self._attachment.close()
+            self._attachment = None
+        held, self._held = self._held, ()
+        self._residency.release(held, self._number)
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        with self._condition:
+            if self._closed:
+                raise GlakeError(f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool).")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else ", ".join(str(value) for value in self._inputs)
+        return f"<Model {self.name} ({state})>"
+
+    # Filled by load.
+    _inputs: list[Value]
+    _outputs: list[Value]
+    _optional: list[Value]
+
+
+def load(
+    path: str | os.PathLike[str],
+    pool: Pool | None = None,
+    *,
+    sharing: Sharing = "fast",
+    optimization: Optimization = "all",
+    threads: int | None = None,
+    configure: Callable[[ort.SessionOptions], None] | None = None,
+    store: Store | None = None,
+) -> Model:
+    """Load the package at `path` into `pool` (by default the process's CPU pool) and return a Model.
+
+    sharing
+        "fast": weights as ONNX Runtime computes with them (fused, folded, prepacked), derived once per machine
+        and then mapped by every session of every process. "lean": weights as they are in the store, nothing
+        derived that would be larger; int8 and fp16 models stay small, and runs are slower.
+    optimization
+        ONNX Runtime's graph optimization level.
+    threads
+        Threads inside one run (intra-op); ONNX Runtime's default is one per core.
+    configure
+        Called with the fresh SessionOptions before ours are set, for anything else.
+
+    The first load on a machine prepares the model (optimizing it once, some seconds for large models); later
+    ones, in any process, map the result. Raises PackageError, DigestMismatchError (naming every package that
+    a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError; nothing
+    stays loaded after an error.
+    """
+    ort = require_onnxruntime()
+    if sharing not in ("fast", "lean"):
+        raise InputError(f"sharing={sharing!r}: expected 'fast' or 'lean'.")
+    levels = {
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    }
+    if optimization not in levels:
+        raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
+
+    def options() -> ort.SessionOptions:
+        made = ort.SessionOptions()
+        if threads is not None:
+            made.intra_op_num_threads = threads
+        made.graph_optimization_level = levels[optimization]
+        if configure:
+            configure(made)
+        return made
+
+    store = store or Store()
+    with store.using():
+        package = Package(Path(path), store)
+        pool = pool or Pool.current("cpu") or Pool(device="cpu")
+        model = Model(package, pool, sharing)
+        package.check_present()
+        variant = "cpu-lean" if sharing == "lean" and "cpu-lean" in package.manifest.variants else "onnx"
+        for attempt in itertools.count():
+            prepared = _prepared(model, variant, optimization, options)
+            try:
+                _build_session(model, prepared, options())
+            except AlteredObjectError as error:
+                model._release()
+                if attempt < 2 and forget(package, error.digest):
+                    continue  # a derived object: made again from the stored weights
+                raise package.damaged(error.digest) from error
+            except BaseException:
+                model._release()
+                raise
+            return model
+    raise AssertionError("unreachable")
+
+
+def _prepared(model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]) -> Prepared:
+    """The prepared graph; where this machine cannot keep one, the package's own with the weights as they are."""
+    package = model.package
+    try:
+        with session_errors(model.pool, f"preparing {model.name}"):
+            return prepare(package, variant, prepack=model.sharing == "fast", level=optimization, session_options=options)
+    except StorageFullError as error:
+        model.notes = (*model.notes, f"not prepared, so ONNX Runtime keeps private copies: {error}")
+    graph = package.graph(variant)
+    digests = {weight.name: weight for weight in package.manifest.weights}
+    weights = tuple(
+        PreparedWeight(w.name, w.digest, w.bytes, w.bytes, derived=False, injected=True)
+        for w in (digests[item.tensor.name] for item in initializers(graph) if is_external(item.tensor))
+    )
+    return Prepared(graph.SerializeToString(), weights, optimized=False)
+
+
+def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions) -> None:
+    ort = require_onnxruntime()
+    store = model.package.store
+    wanted = [
+        Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects) for w in prepared.weights
+    ]
+    check_limit(model.pool, Residency.of(model.pool), wanted)
+    addresses = model._residency.acquire(wanted, model._number)
+    model._held = tuple(addresses)
+    graph = onnx.load_model_from_string(prepared.graph)
+    tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
+    injected = [
+        Initializer(w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims))
+        for w in prepared.weights
+        if w.injected
+    ]
+    if prepared.optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(store.root))
+    options.add_session_config_entry("session.disable_prepacking", "1" if model.sharing == "lean" else "0")
+    before = model.pool.stats().active
+    with session_errors(model.pool, f"loading {model.name}"):
+        model._attachment = model.pool.attach(options, injected)
+        model.session = ort.InferenceSession(prepared.graph, options, providers=model.pool.providers)
+    model._private = max(0, model.pool.stats().active - before)
+    model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
+    model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
+    weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
+    optional = model.session.get_overridable_initializers()
+    model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
+
+
+def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted]) -> None:
+    """Raise OutOfMemoryError, saying how much would do, before anything is mapped that cannot all fit."""
+    resident = residency.users()
+    missing = sum({w.digest: w.mapped for w in wanted if w.digest not in resident}.values())
+    stats = pool.stats()
+    if stats.active + missing > stats.limit:
+        raise pool.out_of_memory(missing, "weights", needed=stats.active + missing)
+
+
+@contextmanager
+def session_errors(pool: Pool, what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions into ours; an allocation that our pool refused becomes its OutOfMemoryError."""
+    mark = pool.refusals()
+    try:
+        yield
+    except GlakeError:
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        text = str(error)
+        refusal = pool.refusal_since(mark)
+        if refusal is not None and ("allocat" in text.lower() or str(refusal.requested) in text):
+            raise refusal from error
+        kind = InputError if type(error).__name__ == "InvalidArgument" else ModelError
+        raise kind(f"ONNX Runtime refused while {what}: {text}") from error

@@ -1,0 +1,123 @@
+"""Inputs and outputs of a session: their declared types and shapes, checking what is fed, generating data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from onnx import TensorProto, TensorShapeProto, ValueInfoProto
+
+from glake_infer.allocators.errors import InputError
+from glake_infer.models.manifest import Value
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "float": np.float32, "double": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+        "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
+        "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
+        "bool": np.bool_, "complex64": np.complex64, "complex128": np.complex128,
+        "float8e4m3fn": ml_dtypes.float8_e4m3fn, "float8e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+        "float8e5m2": ml_dtypes.float8_e5m2, "float8e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+    }.items()
+}  # fmt: skip
+"""numpy's types by ONNX Runtime's spelling ("tensor(float)" without "tensor()")."""
+
+
+def value_of_argument(argument: Any) -> Value:
+    """Describe one of ONNX Runtime's NodeArg objects."""
+    kind = str(argument.type)
+    if not kind.startswith("tensor("):
+        return Value(name=argument.name, dtype=kind, shape=None)
+    shape = tuple(axis if isinstance(axis, str) or (axis is not None and axis >= 0) else None for axis in argument.shape)
+    return Value(name=argument.name, dtype=kind[len("tensor(") : -1], shape=shape)
+
+
+def value_of_proto(value: ValueInfoProto) -> Value:
+    """Describe an input or output of an ONNX graph."""
+    kind = value.type.WhichOneof("value")
+    tensor = value.type.tensor_type
+    if kind != "tensor_type":
+        return Value(name=value.name, dtype=str(kind or "unknown").removesuffix("_type"), shape=None)
+    shape = None
+    if tensor.HasField("shape"):
+        shape = tuple(_axis(dimension) for dimension in tensor.shape.dim)
+    return Value(name=value.name, dtype=TensorProto.DataType.Name(tensor.elem_type).lower(), shape=shape)
+
+
+def _axis(dimension: TensorShapeProto.Dimension) -> int | str | None:
+    if dimension.HasField("dim_value"):
+        return int(dimension.dim_value) if dimension.dim_value >= 0 else None
+    return dimension.dim_param or None
+
+
+def check_feeds(inputs: Sequence[Value], optional: Sequence[Value], feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `feeds` as ONNX Runtime takes them; raises InputError naming the input, what came and what was expected.
+
+    Lists and numbers become arrays of the declared type; arrays must have it already.
+    """
+    known = {value.name: value for value in (*inputs, *optional)}
+    for name in feeds:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"the model has no input {name!r}; its inputs are {_listed(inputs)}.{hint}")
+    if missing := [value for value in inputs if value.name not in feeds]:
+        raise InputError(f"the input {missing[0]} was not fed; the model needs {_listed(inputs)}.")
+    checked: dict[str, Any] = {}
+    symbols: dict[str, tuple[int, str]] = {}
+    for name, given in feeds.items():
+        value = known[name]
+        checked[name] = given if value.shape is None and value.dtype not in DTYPES else _checked(value, given, symbols)
+    return checked
+
+
+def _checked(value: Value, given: Any, symbols: dict[str, tuple[int, str]]) -> Any:
+    expected = DTYPES.get(value.dtype)
+    if type(given).__name__ == "OrtValue":
+        return given
+    if expected is not None and not hasattr(given, "dtype"):
+        try:
+            given = np.asarray(given, expected)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InputError(f"the input {value} cannot be made from {type(given).__name__}: {error}.") from error
+    array = np.asarray(given)
+    if expected is not None and array.dtype != expected:
+        raise InputError(
+            f"the input {value} was fed {array.dtype}{list(array.shape)}. Convert it with `.astype({expected.name!r})` if that "
+            f"is what you mean."
+        )
+    if value.shape is None:
+        return array
+    if array.ndim != len(value.shape):
+        raise InputError(f"the input {value} was fed the shape {list(array.shape)}: {array.ndim} axes instead of {len(value.shape)}.")
+    for axis, (size, declared) in enumerate(zip(array.shape, value.shape, strict=True)):
+        if isinstance(declared, int) and size != declared:
+            raise InputError(f"the input {value} was fed the shape {list(array.shape)}: axis {axis} has {size} instead of {declared}.")
+    return array
+
+
+def _listed(values: Sequence[Value]) -> str:
+    return ", ".join(str(value) for value in values) or "none"
+
+
+def generate(value: Value, shape: Sequence[int] | None, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Make data for an input: normal numbers, small non-negative integers, True.
+
+    `shape` gives the sizes; without it, undeclared axes are 1. Raises InputError for what is no tensor or does
+    not fit the declared shape.
+    """
+    dtype = DTYPES.get(value.dtype)
+    if dtype is None:
+        raise InputError(f"the input {value} cannot be generated; feed it with --input {value.name}=FILE.npy.")
+    sizes = tuple(shape) if shape is not None else tuple(a if isinstance(a, int) else 1 for a in value.shape or ())
+    if value.shape is not None and len(sizes) != len(value.shape):
+        raise InputError(f"--shape gives {value.name!r} {len(sizes)} axes, but the model declares {value}.")
+    if dtype == np.bool_:
+        return np.ones(sizes, dtype)
+    if dtype.kind in "iu":
+        return np.full(sizes, 1, dtype) if "mask" in value.name else rng.integers(0, 2, sizes).astype(dtype)
+    return rng.standard_normal(sizes, np.float32).astype(dtype)
