@@ -50,9 +50,8 @@ class _Entry:
 class Residency:
     """The table of one pool. Thread-safe; loads of different threads check bytes one after the other."""
 
-    def __init__(self, pool: Pool) -> None:
-        """Make an empty table; use `Residency.of(pool)` to get the pool's one."""
-        self._pool = pool
+    def __init__(self) -> None:
+        """Make an empty table; use `Residency.of(pool)` to get a pool's one."""
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
 
@@ -63,9 +62,9 @@ class Residency:
     def of(cls, pool: Pool) -> Residency:
         """Return the table of `pool`."""
         with cls._tables_lock:
-            return cls._tables.setdefault(pool, cls(pool))
+            return cls._tables.setdefault(pool, cls())
 
-    def acquire(self, wanted: Iterable[Wanted], user: int) -> dict[str, int]:
+    def acquire(self, pool: Pool, wanted: Iterable[Wanted], user: int) -> dict[str, int]:
         """Make weights resident and count a reference of `user` (any number that names a model) on each.
 
         Returns {digest: address}. Raises AlteredObjectError (bytes are wrong or gone) or OutOfMemoryError (the
@@ -79,16 +78,16 @@ class Residency:
                         continue
                     entry = self._entries.get(item.digest)
                     if entry is None:
-                        entry = self._entries[item.digest] = self._load(item)
+                        entry = self._entries[item.digest] = self._load(pool, item)
                     entry.references += 1
                     entry.users[user] = entry.users.get(user, 0) + 1
                     taken[item.digest] = entry.address
             except BaseException:
-                self.release(taken, user)
+                self.release(pool, taken, user)
                 raise
         return taken
 
-    def release(self, digests: Iterable[str], user: int) -> None:
+    def release(self, pool: Pool, digests: Iterable[str], user: int) -> None:
         """Give references back; a weight without any is unmapped."""
         with self._lock:
             for digest in list(digests):
@@ -100,14 +99,14 @@ class Residency:
                 if not entry.references:
                     del self._entries[digest]
                     if entry.mapped:
-                        self._pool.unmap_file(entry.address)
+                        pool.unmap_file(entry.address)
 
     def users(self) -> dict[str, tuple[int, frozenset[int]]]:
         """{digest: (bytes, the models that use it)} of everything resident."""
         with self._lock:
             return {d: (e.mapped, frozenset(e.users)) for d, e in self._entries.items()}
 
-    def _load(self, item: Wanted) -> _Entry:
+    def _load(self, pool: Pool, item: Wanted) -> _Entry:
         path = item.folder.path(item.digest)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -117,7 +116,7 @@ class Residency:
             digest, length = digest_of_range(fd, 0, item.length + 1)
             if digest != item.digest or length != item.length:
                 raise AlteredObjectError(item.digest, path)
-            address = self._pool.map_file(fd, item.mapped) if item.mapped else 0
+            address = pool.map_file(fd, item.mapped) if item.mapped else 0
         finally:
             os.close(fd)
         return _Entry(address, item.length, item.mapped)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import onnx
 
-from glake_infer.allocators.errors import GlakeError, InputError, ModelError, StorageFullError
-from glake_infer.allocators.ort import Initializer, require_onnxruntime
+from glake_infer.allocators.attach import Initializer, import_onnxruntime
+from glake_infer.allocators.errors import (
+    DriverError,
+    GlakeError,
+    InputError,
+    ModelError,
+    OutOfMemoryError,
+    StorageFullError,
+)
 from glake_infer.allocators.pool import Pool
 from glake_infer.models.graph import initializers, is_external
 from glake_infer.models.manifest import Value
@@ -26,7 +36,6 @@ from glake_infer.residency import AlteredObjectError, Residency, Wanted
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnxruntime as ort
 
 Sharing = Literal["fast", "lean"]
@@ -54,7 +63,7 @@ class Model:
     """
 
     session: ort.InferenceSession
-    """The session. It must not be used after `close()`."""
+    """The session. Whoever keeps a reference beyond `close()` keeps the weights mapped."""
 
     def __init__(self, package: Package, pool: Pool, sharing: Sharing) -> None:
         """Use `load`; this only makes the empty shell."""
@@ -65,7 +74,6 @@ class Model:
         self._number = next(_numbers)
         self._residency = Residency.of(pool)
         self._held: tuple[str, ...] = ()
-        self._attachment: Any = None
         self._private = 0
         self._running = 0
         self._closed = False
@@ -107,6 +115,7 @@ class Model:
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
         """Run the model on `feeds` (name -> array) and return name -> array, in the order of `outputs`.
 
+        The arrays are yours: they hold none of the pool's memory and outlive the model.
         Raises InputError (a wrong name, dtype or shape), OutOfMemoryError (the pool's limit; the model stays
         usable), ModelError (ONNX Runtime failed inside the model), or GlakeError after `close()`.
         """
@@ -115,7 +124,9 @@ class Model:
             raise InputError(f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}.")
         checked = check_feeds(self._inputs, self._optional, feeds)
         with self._in_flight(), session_errors(self.pool, f"running {self.name}"):
-            return dict(zip(names, self.session.run(names, checked), strict=True))
+            results = self.session.run(names, checked)
+        # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
+        return {name: _own(result) for name, result in zip(names, results, strict=True)}
 
     def close(self) -> None:
         """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
@@ -124,16 +135,7 @@ class Model:
                 return
             self._closed = True
             self._condition.wait_for(lambda: not self._running)
-        self._release()
-
-    def _release(self) -> None:
-        if hasattr(self, "session"):
-            del self.session
-        if self._attachment is not None:
-            self._attachment.close()
-            self._attachment = None
-        held, self._held = self._held, ()
-        self._residency.release(held, self._number)
+        del self.session  # its finalizer gives the weights back, once nobody else holds the session either
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:
@@ -192,7 +194,7 @@ def load(
     a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError; nothing
     stays loaded after an error.
     """
-    ort = require_onnxruntime()
+    ort = import_onnxruntime()
     if sharing not in ("fast", "lean"):
         raise InputError(f"sharing={sharing!r}: expected 'fast' or 'lean'.")
     levels = {
@@ -209,6 +211,10 @@ def load(
         if threads is not None:
             made.intra_op_num_threads = threads
         made.graph_optimization_level = levels[optimization]
+        if sharing == "lean":
+            # A weight is cast right before its use, not all of them at the start (34 -> 6 MiB on an int8 MiniLM).
+            made.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
         if configure:
             configure(made)
         return made
@@ -225,13 +231,9 @@ def load(
             try:
                 _build_session(model, prepared, options())
             except AlteredObjectError as error:
-                model._release()
                 if attempt < 2 and forget(package, error.digest):
                     continue  # a derived object: made again from the stored weights
                 raise package.damaged(error.digest) from error
-            except BaseException:
-                model._release()
-                raise
             return model
     raise AssertionError("unreachable")
 
@@ -253,31 +255,50 @@ def _prepared(model: Model, variant: str, optimization: str, options: Callable[[
     return Prepared(graph.SerializeToString(), weights, optimized=False)
 
 
+def _own(result: Any) -> Any:
+    """A copy outside the pool of an array, or of the arrays in a sequence or map."""
+    if isinstance(result, np.ndarray):
+        return result.copy()
+    if isinstance(result, list):
+        return [_own(part) for part in result]
+    if isinstance(result, dict):
+        return {key: _own(part) for key, part in result.items()}
+    return result
+
+
 def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions) -> None:
-    ort = require_onnxruntime()
+    ort = import_onnxruntime()
     store = model.package.store
     wanted = [
         Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects) for w in prepared.weights
     ]
-    check_limit(model.pool, Residency.of(model.pool), wanted)
-    addresses = model._residency.acquire(wanted, model._number)
+    pool, residency, number = model.pool, model._residency, model._number
+    check_limit(pool, residency, wanted)
+    addresses = residency.acquire(pool, wanted, number)
+    give_back = functools.partial(residency.release, pool, tuple(addresses), number)
+    try:
+        graph = onnx.load_model_from_string(prepared.graph)
+        tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
+        injected = [
+            Initializer(w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims))
+            for w in prepared.weights
+            if w.injected
+        ]
+        if prepared.optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(store.root))
+        options.add_session_config_entry("session.disable_prepacking", "1" if model.sharing == "lean" else "0")
+        before = pool.stats().active
+        with session_errors(pool, f"loading {model.name}"):
+            values = pool.attach(options, injected)
+            model.session = ort.InferenceSession(prepared.graph, options, providers=pool.providers)
+            values.close()
+    except BaseException:
+        give_back()
+        raise
+    weakref.finalize(model.session, give_back).atexit = False
     model._held = tuple(addresses)
-    graph = onnx.load_model_from_string(prepared.graph)
-    tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
-    injected = [
-        Initializer(w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims))
-        for w in prepared.weights
-        if w.injected
-    ]
-    if prepared.optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(store.root))
-    options.add_session_config_entry("session.disable_prepacking", "1" if model.sharing == "lean" else "0")
-    before = model.pool.stats().active
-    with session_errors(model.pool, f"loading {model.name}"):
-        model._attachment = model.pool.attach(options, injected)
-        model.session = ort.InferenceSession(prepared.graph, options, providers=model.pool.providers)
-    model._private = max(0, model.pool.stats().active - before)
+    model._private = max(0, pool.stats().active - before)
     model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
     model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
@@ -291,13 +312,22 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted]) -> N
     missing = sum({w.digest: w.mapped for w in wanted if w.digest not in resident}.values())
     stats = pool.stats()
     if stats.active + missing > stats.limit:
-        raise pool.out_of_memory(missing, "weights", needed=stats.active + missing)
+        raise OutOfMemoryError(
+            requested=missing,
+            active=stats.active,
+            idle=stats.idle,
+            reserved=stats.reserved,
+            limit=stats.limit,
+            needed_limit=stats.active + missing,
+            device_free=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+            holders={"weights": stats.weights, "activations": stats.active - stats.weights},
+        )
 
 
 @contextmanager
 def session_errors(pool: Pool, what: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions into ours; an allocation that our pool refused becomes its OutOfMemoryError."""
-    mark = pool.refusals()
+    """Turn ONNX Runtime's exceptions into ours; a request that our pool refused becomes the pool's own error."""
+    mark = pool.failure_count
     try:
         yield
     except GlakeError:
@@ -306,8 +336,15 @@ def session_errors(pool: Pool, what: str) -> Iterator[None]:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         text = str(error)
-        refusal = pool.refusal_since(mark)
-        if refusal is not None and ("allocat" in text.lower() or str(refusal.requested) in text):
+        if refusal := _refusal(pool.failures(mark), text):
             raise refusal from error
         kind = InputError if type(error).__name__ == "InvalidArgument" else ModelError
         raise kind(f"ONNX Runtime refused while {what}: {text}") from error
+
+
+def _refusal(failures: list[OutOfMemoryError | DriverError], text: str) -> GlakeError | None:
+    """The refusal that ONNX Runtime's message is about: it names the size; other threads may have had their own."""
+    for failure in reversed(failures):
+        if isinstance(failure, OutOfMemoryError) and str(failure.requested) in text:
+            return failure
+    return failures[-1] if failures and "alloc" in text.lower() else None

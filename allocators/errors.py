@@ -1,0 +1,238 @@
+"""Every error that glake_infer raises on purpose, as one tree.
+
+GlakeError                      anything below
+|- OutOfMemoryError             the pool's limit has no room for a request (is also a MemoryError)
+|- DriverError                  a call to the operating system or the driver failed
+|- PoolExistsError              the device has a pool already
+|- PoolInUseError               memory is still handed out
+|- PoolClosedError              the handle was closed
+|- InvalidPointerError          an address that is not in use: freed twice, or never handed out
+|- DeviceNotFoundError          no such device here
+|- MissingDependencyError       a package has to be installed (is also an ImportError)
+|- ForkedProcessError           the pool belongs to the parent process
+|- InputError                   a wrong argument (is also a ValueError)
+|- ModelError                   not an ONNX model that can be read
+|- PackageError                 not a package that can be read
+|  `- UnsupportedVersionError   written by a newer version
+`- StoreError                   the store of weights cannot be used
+   |- DigestMismatchError       bytes in the store are not what their name says
+   `- StorageFullError          no space left on the disk
+
+Messages say what happened, what was received, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .sizes import format_bytes
+
+__all__ = [
+    "DeviceNotFoundError",
+    "DigestMismatchError",
+    "DriverError",
+    "ForkedProcessError",
+    "GlakeError",
+    "InputError",
+    "InvalidPointerError",
+    "MissingDependencyError",
+    "ModelError",
+    "OutOfMemoryError",
+    "PackageError",
+    "PoolClosedError",
+    "PoolExistsError",
+    "PoolInUseError",
+    "StorageFullError",
+    "StoreError",
+    "UnsupportedVersionError",
+]
+
+
+class GlakeError(Exception):
+    """What every error of glake_infer is."""
+
+
+class OutOfMemoryError(GlakeError, MemoryError):
+    """The pool's limit has no room for a request; idle memory was not in the way, it never is.
+
+    Attributes, in bytes at the moment of the failure: `requested`, `active`, `idle`, `reserved`,
+    `limit`, `device_free`; `needed_limit`, the smallest limit with which this request would have
+    passed; `holders`, the active bytes by tag ("weights", "activations"). For a request of ONNX
+    Runtime's `sequence` numbers the failures of this process from 1 on, and `thread` is the native id
+    of the thread that asked; else both are 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        requested: int,
+        active: int,
+        idle: int,
+        reserved: int,
+        limit: int,
+        needed_limit: int,
+        device_free: int,
+        holders: Mapping[str, int],
+    ) -> None:
+        self.requested = requested
+        self.active = active
+        self.idle = idle
+        self.reserved = reserved
+        self.limit = limit
+        self.needed_limit = needed_limit
+        self.device_free = device_free
+        self.holders = dict(holders)
+        self.sequence = 0
+        self.thread = 0
+        held = sorted(self.holders.items(), key=lambda item: -item[1])
+        super().__init__(
+            f"out of memory: {format_bytes(requested)} ({requested} bytes) were requested from a pool with a "
+            f"limit of {format_bytes(limit)}, of which {format_bytes(active)} are active "
+            f"({', '.join(f'{tag} {format_bytes(size)}' for tag, size in held)}); "
+            f"{format_bytes(idle)} more are idle and would have been used; the device has "
+            f"{format_bytes(device_free)} free. This request would have passed with a limit of {needed_limit} "
+            f"bytes ({format_bytes(needed_limit)}): raise pool.limit, close sessions, or use smaller inputs."
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
+        fields = (
+            self.requested,
+            self.active,
+            self.idle,
+            self.reserved,
+            self.limit,
+            self.needed_limit,
+            self.device_free,
+            self.holders,
+        )
+        return _rebuild_out_of_memory, fields, {"sequence": self.sequence, "thread": self.thread}
+
+
+def _rebuild_out_of_memory(
+    requested: int,
+    active: int,
+    idle: int,
+    reserved: int,
+    limit: int,
+    needed_limit: int,
+    device_free: int,
+    holders: Mapping[str, int],
+) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        requested=requested,
+        active=active,
+        idle=idle,
+        reserved=reserved,
+        limit=limit,
+        needed_limit=needed_limit,
+        device_free=device_free,
+        holders=holders,
+    )
+
+
+class DriverError(GlakeError):
+    """A call to the operating system or the driver failed; the message has its name and its code.
+
+    `sequence` and `thread` as for `OutOfMemoryError`.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.sequence = 0
+        self.thread = 0
+        super().__init__(message)
+
+
+class PoolExistsError(GlakeError):
+    """The device has a pool already; a process has one per device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        super().__init__(
+            f"this process has a pool on device {device!r} already, and there is one per device. "
+            f"Pool.current({device!r}) gives it; close() it first to make another."
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Support pickling."""
+        return type(self), (self.device,)
+
+
+class PoolInUseError(GlakeError):
+    """Memory of the pool is still handed out. Nothing changed."""
+
+    @classmethod
+    def limit_too_low(cls, limit: int, active: int) -> PoolInUseError:
+        """Make the error for a limit below what is active."""
+        return cls(
+            f"the limit cannot be {format_bytes(limit)}: {format_bytes(active)} ({active} bytes) are active. "
+            "Close sessions and free what you allocated first, or choose a limit of at least that."
+        )
+
+    @classmethod
+    def close(cls, active: int, weights: int) -> PoolInUseError:
+        """Make the error for closing a pool that is in use."""
+        return cls(
+            f"the pool cannot be closed: {format_bytes(active)} ({active} bytes) are active, "
+            f"{format_bytes(weights)} of them weights. Drop the sessions on this pool, free what you allocated "
+            "and unmap what you mapped, then close it. (Dropping the handle itself is always allowed: what is "
+            "active stays as it is.)"
+        )
+
+
+class PoolClosedError(GlakeError):
+    """The handle was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("this pool was closed: make another with Pool(...)")
+
+
+class InvalidPointerError(GlakeError):
+    """An address that is not in use: freed twice, or never handed out. The memory was left alone."""
+
+
+class DeviceNotFoundError(GlakeError):
+    """There is no such device here."""
+
+
+class MissingDependencyError(GlakeError, ImportError):
+    """A package has to be installed; the message has the command."""
+
+
+class ForkedProcessError(GlakeError):
+    """The pool belongs to the parent process: a child of fork() must not use it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this process was forked from one that has a pool, and the pool's memory belongs to the parent. "
+            "Start workers with the multiprocessing method 'spawn' or 'forkserver', or fork before the first "
+            "pool is made."
+        )
+
+
+class InputError(GlakeError, ValueError):
+    """A wrong argument."""
+
+
+class ModelError(GlakeError):
+    """Not an ONNX model that can be read, or one that cannot be run."""
+
+
+class PackageError(GlakeError):
+    """Not a package that can be read."""
+
+
+class UnsupportedVersionError(PackageError):
+    """The package was written by a newer version of glake-infer."""
+
+
+class StoreError(GlakeError):
+    """The store of weights cannot be used as asked."""
+
+
+class DigestMismatchError(StoreError):
+    """Bytes in the store are not what their name says: they were changed on disk."""
+
+
+class StorageFullError(StoreError):
+    """No space is left on the disk. Nothing half-written stays behind."""

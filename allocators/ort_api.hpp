@@ -1,0 +1,90 @@
+// The few declarations of ONNX Runtime's C API that we use.
+//
+// OrtApi is a struct of function pointers that only ever grows at its end, so a function's index is
+// fixed for good. The indices were read off the published header
+// (include/onnxruntime/core/session/onnxruntime_c_api.h), where they follow from the order of the
+// fields. Building needs no copy of that header, and one build serves every version of ONNX Runtime
+// from `oldest_api` on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+struct OrtStatus;
+struct OrtEnv;
+struct OrtMemoryInfo;
+struct OrtValue;
+struct OrtSessionOptions;
+
+struct OrtApiBase {
+  const void* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
+  const char* (*GetVersionString)();
+};
+
+// What ONNX Runtime calls. `version` says which fields it may read; those that came after 18 are here
+// so that the struct is as long as a newer ONNX Runtime believes, and stay null.
+struct OrtAllocator {
+  std::uint32_t version;
+  void* (*Alloc)(OrtAllocator* self, std::size_t bytes);
+  void (*Free)(OrtAllocator* self, void* address);
+  const OrtMemoryInfo* (*Info)(const OrtAllocator* self);
+  void* (*Reserve)(OrtAllocator* self, std::size_t bytes);  // since 18: what a session keeps for life
+  void* later_fields[8];                                    // since 23: GetStats, AllocOnStream; 25: Shrink
+};
+}
+
+namespace glake::ort {
+
+// ONNX Runtime 1.N has API version N.
+inline constexpr std::uint32_t oldest_api = 24;
+inline constexpr std::uint32_t allocator_version = 18;
+
+enum ErrorCode : int { fail = 1, invalid_argument = 2 };
+enum LoggingLevel : int { warning = 2 };
+enum AllocatorType : int { device_allocator = 0 };
+enum MemoryType : int { default_memory = 0 };
+
+// The functions, by name, over the table that GetApi() returned.
+class Api {
+ public:
+  explicit Api(const void* table) noexcept : table_(static_cast<void* const*>(table)) {}
+
+  OrtStatus* create_status(ErrorCode code, const char* message) const noexcept {
+    return function<OrtStatus*(int, const char*)>(0)(code, message);
+  }
+  const char* error_message(const OrtStatus* status) const noexcept {
+    return function<const char*(const OrtStatus*)>(2)(status);
+  }
+  OrtStatus* create_env(LoggingLevel level, const char* log_id, OrtEnv** env) const noexcept {
+    return function<OrtStatus*(int, const char*, OrtEnv**)>(3)(level, log_id, env);
+  }
+  OrtStatus* create_tensor(const OrtMemoryInfo* info, void* data, std::size_t bytes, const std::int64_t* shape,
+                           std::size_t rank, int element_type, OrtValue** value) const noexcept {
+    return function<OrtStatus*(const OrtMemoryInfo*, void*, std::size_t, const std::int64_t*, std::size_t, int,
+                               OrtValue**)>(49)(info, data, bytes, shape, rank, element_type, value);
+  }
+  OrtStatus* create_memory_info(const char* name, AllocatorType type, int device, MemoryType memory,
+                                OrtMemoryInfo** info) const noexcept {
+    return function<OrtStatus*(const char*, int, int, int, OrtMemoryInfo**)>(68)(name, type, device, memory, info);
+  }
+  void release_env(OrtEnv* env) const noexcept { function<void(OrtEnv*)>(92)(env); }
+  void release_status(OrtStatus* status) const noexcept { function<void(OrtStatus*)>(93)(status); }
+  void release_memory_info(OrtMemoryInfo* info) const noexcept { function<void(OrtMemoryInfo*)>(94)(info); }
+  void release_value(OrtValue* value) const noexcept { function<void(OrtValue*)>(96)(value); }
+  OrtStatus* add_initializer(OrtSessionOptions* options, const char* name, const OrtValue* value) const noexcept {
+    return function<OrtStatus*(OrtSessionOptions*, const char*, const OrtValue*)>(150)(options, name, value);
+  }
+  OrtStatus* register_allocator(OrtEnv* env, OrtAllocator* allocator) const noexcept {
+    return function<OrtStatus*(OrtEnv*, OrtAllocator*)>(176)(env, allocator);
+  }
+
+ private:
+  template <class Signature>
+  [[nodiscard]] Signature* function(std::size_t index) const noexcept {
+    return reinterpret_cast<Signature*>(table_[index]);
+  }
+  void* const* table_;
+};
+
+}  // namespace glake::ort

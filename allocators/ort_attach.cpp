@@ -1,0 +1,88 @@
+#include "ort_attach.hpp"
+
+#include <exception>
+#include <optional>
+#include <utility>
+
+namespace glake {
+namespace {
+
+struct Request {
+  OrtDeviceAllocator* allocator = nullptr;
+  std::vector<Initializer> initializers;
+  std::unique_ptr<InitializerValues> result;
+};
+
+thread_local std::optional<Request> pending;
+
+// ONNX Runtime's own message, with what we were doing in front of it.
+OrtStatus* explain(const ort::Api& api, const std::string& what, OrtStatus* status) {
+  const std::string message = "glake-infer: " + what + ": " + api.error_message(status);
+  api.release_status(status);
+  return api.create_status(ort::fail, message.c_str());
+}
+
+}  // namespace
+
+OrtStatus* attach(const ort::Api& api, OrtSessionOptions* options) {
+  if (!pending || pending->allocator == nullptr) {
+    return api.create_status(ort::invalid_argument,
+                             "glake-infer: this library is not registered by hand. Use "
+                             "glake_infer.Pool(...).attach(session_options), which does that for you.");
+  }
+  if (OrtStatus* error = pending->allocator->register_with(api)) {
+    return explain(api, "the pool could not be made ONNX Runtime's allocator", error);
+  }
+  auto result = std::make_unique<InitializerValues>(api);
+  result->values_.reserve(pending->initializers.size());
+  for (const Initializer& initializer : pending->initializers) {
+    OrtValue* value = nullptr;
+    if (OrtStatus* error = api.create_tensor(pending->allocator->info(), reinterpret_cast<void*>(initializer.address),
+                                             initializer.bytes, initializer.shape.data(), initializer.shape.size(),
+                                             initializer.element_type, &value)) {
+      return explain(api, "weight '" + initializer.name + "' could not be described to ONNX Runtime", error);
+    }
+    result->values_.push_back(value);
+    if (OrtStatus* error = api.add_initializer(options, initializer.name.c_str(), value)) {
+      return explain(api, "weight '" + initializer.name + "' could not be injected", error);
+    }
+  }
+  pending->result = std::move(result);
+  return nullptr;
+}
+
+void InitializerValues::release() noexcept {
+  for (OrtValue* value : values_) api_.release_value(value);
+  values_.clear();
+}
+
+void begin_attach(OrtDeviceAllocator& allocator, std::vector<Initializer> initializers) {
+  pending.emplace(Request{&allocator, std::move(initializers), nullptr});
+}
+
+std::unique_ptr<InitializerValues> finish_attach() {
+  if (!pending) return nullptr;
+  auto result = std::move(pending->result);
+  pending.reset();
+  return result;
+}
+
+}  // namespace glake
+
+OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
+  const void* table = base->GetApi(glake::ort::oldest_api);
+  if (table == nullptr) {
+    // Any version has CreateStatus, at the same place.
+    const glake::ort::Api oldest(base->GetApi(1));
+    const std::string message = std::string("glake-infer: ONNX Runtime ") + base->GetVersionString() +
+                                " is too old: 1." + std::to_string(glake::ort::oldest_api) +
+                                " or newer is needed. Install it with: pip install -U 'glake-infer[cpu]'";
+    return oldest.create_status(glake::ort::fail, message.c_str());
+  }
+  const glake::ort::Api api(table);
+  try {
+    return glake::attach(api, options);
+  } catch (const std::exception& error) {
+    return api.create_status(glake::ort::fail, error.what());
+  }
+}

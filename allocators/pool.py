@@ -1,0 +1,335 @@
+"""Pool: the handle of a device's pool of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from .attach import Initializer, Initializers, InitializerTuple, attach
+from .devices import cpu_memory, parse_device
+from .errors import (
+    DriverError,
+    ForkedProcessError,
+    InputError,
+    OutOfMemoryError,
+    PoolClosedError,
+    PoolExistsError,
+    PoolInUseError,
+)
+from .sizes import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from . import _native
+
+__all__ = ["Pool", "PoolStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A snapshot of a pool; in bytes where not said otherwise.
+
+    Attributes:
+        active: handed out. The chunks of blocks in use (slabs of small objects count whole while they
+            hold a live object) and the mapped files.
+        idle: kept for reuse; `Pool.trim` gives it back.
+        reserved: active + idle. On the CPU, pages that were never touched cost no memory yet.
+        peak_active: the largest `active` since the pool was made.
+        peak_reserved: the largest `reserved` since the pool was made.
+        requested: what is live, as asked for: `active - requested` is lost to rounding.
+        limit: the bound on `reserved`.
+        weights: the part of `active` that holds weights.
+        mapped_files: the part of `weights` that is mapped from files.
+        allocations: count of successful allocations.
+        deallocations: count of successful deallocations.
+        chunks: count of pieces of physical memory.
+        blocks: count of mapped address ranges, with the unused ones that are kept.
+        stitched_blocks: count of those that were made of chunks of others.
+        slabs: count of blocks that hold small objects.
+        driver_calls: count of calls to the operating system for memory.
+    """
+
+    active: int
+    idle: int
+    reserved: int
+    peak_active: int
+    peak_reserved: int
+    requested: int
+    limit: int
+    weights: int
+    mapped_files: int
+    allocations: int
+    deallocations: int
+    chunks: int
+    blocks: int
+    stitched_blocks: int
+    slabs: int
+    driver_calls: int
+
+
+_lock = threading.RLock()  # a finalizer may run while its own thread holds it
+_handles: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
+
+
+def _forget_handles() -> None:
+    global _lock
+    _lock = threading.RLock()
+    _handles.clear()
+
+
+os.register_at_fork(after_in_child=_forget_handles)
+
+
+class Pool:
+    """One device's memory for every session of this process that is attached to it.
+
+    A process has one pool per device. This object is its handle: it sets the limit, and when it is
+    closed or dropped the idle memory goes back to the system. Sessions that are still alive then keep
+    their memory and go on working; the next handle on the device takes the same pool over.
+
+    Thread-safe. A child of fork() cannot use it (`ForkedProcessError`), nor sessions that are on it.
+
+    Args:
+        device: "cpu".
+        limit: a hard bound on the memory that the pool holds, idle memory and mapped weights
+            included: bytes, or text such as "4GiB". None: all memory of the machine, or of its
+            control group if that is less.
+
+    Raises:
+        PoolExistsError: the device has a pool with a live handle.
+        PoolInUseError: sessions of an earlier handle hold more than `limit`.
+        DeviceNotFoundError: no such device.
+        InputError: not a limit.
+        ForkedProcessError: the parent process has a pool.
+    """
+
+    def __init__(self, device: str = "cpu", limit: int | str | None = None) -> None:
+        self._device = parse_device(device)
+        size = _parse_limit(limit)
+        from . import _native
+
+        with _lock:
+            if self._device in _handles:
+                raise PoolExistsError(self._device)
+            pool = _native.host_pool()
+            pool.set_limit(size)
+            pool.reset_peaks()
+            self._pool: _native.Pool | None = pool
+            self._finalizer = weakref.finalize(self, _give_back, pool)
+            self._finalizer.atexit = False  # at exit memory is leaked, not pulled from under live sessions
+            _handles[self._device] = self
+
+    @classmethod
+    def current(cls, device: str = "cpu") -> Pool | None:
+        """Return the open handle on a device, or None."""
+        with _lock:
+            return _handles.get(parse_device(device))
+
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return self._device
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers for `onnxruntime.InferenceSession(..., providers=pool.providers)`."""
+        return ["CPUExecutionProvider"]
+
+    def attach(
+        self,
+        options: onnxruntime.SessionOptions,
+        initializers: Iterable[Initializer | InitializerTuple] = (),
+    ) -> Initializers:
+        """Make the sessions that are created from these options allocate from this pool.
+
+        Call it before the session is created. It sets `session.use_env_allocators` and
+        `session.use_device_allocator_for_initializers`; the arena settings do not matter then.
+
+        Args:
+            options: the options of the sessions to come.
+            initializers: weights in memory of ours to be used, without a copy, instead of the graph's
+                initializers of the same names: `(name, address, bytes, ONNX element type, shape)`. The
+                memory must stay as it is until every session made from the options is gone.
+
+        Returns:
+            The owner of ONNX Runtime's values over the weights.
+
+        Raises:
+            MissingDependencyError: ONNX Runtime is not installed or too old.
+            GlakeError: ONNX Runtime refused, for example a weight that was injected twice. Throw the
+                options away.
+        """
+        self._open().stats()
+        return attach(options, initializers)
+
+    def stats(self) -> PoolStats:
+        """Return what the pool holds now."""
+        return PoolStats(**self._open().stats())
+
+    def trim(self, target: int | str = 0) -> int:
+        """Give idle memory back to the system, until at most `target` bytes are reserved or none is idle.
+
+        Returns the bytes given back. Memory that is active is never touched.
+        """
+        return self._open().trim(parse_bytes(target))
+
+    @property
+    def limit(self) -> int:
+        """The hard bound, in bytes, on the memory that the pool holds.
+
+        Setting it (bytes, or text such as "4GiB") gives idle memory back as needed, and raises
+        `PoolInUseError`, with the old limit in force, when more than that is active.
+        """
+        return self.stats().limit
+
+    @limit.setter
+    def limit(self, limit: int | str | None) -> None:
+        self._open().set_limit(_parse_limit(limit))
+
+    def allocate(self, bytes: int | str, tag: str = "activations") -> int:  # noqa: A002
+        """Return the address of memory for `bytes` bytes, aligned to 256 (64 below 256 bytes); 0 for 0 bytes.
+
+        `tag` ("activations" or "weights") says in errors and statistics who holds it. Give it back
+        with `deallocate`.
+
+        Raises:
+            OutOfMemoryError: the limit has no room. Nothing changed.
+            DriverError: the system refused. Nothing is left allocated.
+        """
+        return self._open().allocate(parse_bytes(bytes), tag)
+
+    def deallocate(self, address: int) -> None:
+        """Take back what `allocate` returned.
+
+        Raises `InvalidPointerError`, with nothing changed, for any other address.
+        """
+        self._open().deallocate(address)
+
+    def map_file(self, descriptor: int, bytes: int | None = None) -> int:  # noqa: A002
+        """Map an open file, read-only, and return its address.
+
+        The memory is shared with whoever else maps the file, counts as active weights, rounded up to
+        pages, and is given back by `unmap_file`. The descriptor may be closed; the file must not be
+        shortened.
+
+        Args:
+            descriptor: a file descriptor, open for reading.
+            bytes: how much from the file's beginning; None: all of it.
+
+        Raises:
+            OutOfMemoryError: the limit has no room. Nothing is left mapped.
+            DriverError: the system refused, or the file is shorter or empty. Nothing is left mapped.
+        """
+        size = os.fstat(descriptor).st_size if bytes is None else bytes
+        return self._open().map_file(descriptor, size)
+
+    def unmap_file(self, address: int) -> None:
+        """Unmap what `map_file` returned. No session may use it any more.
+
+        Raises `InvalidPointerError`, with nothing changed, for any other address.
+        """
+        self._open().unmap_file(address)
+
+    def failures(self, since: int = 0) -> list[OutOfMemoryError | DriverError]:
+        """Return why requests of ONNX Runtime's failed: the last 32 above `since`, oldest first."""
+        self._open()
+        from . import _native
+
+        return _native.failures(since)
+
+    @property
+    def failure_count(self) -> int:
+        """How many requests of ONNX Runtime's failed in this process: the `sequence` of the last one."""
+        self._open()
+        from . import _native
+
+        return _native.failure_count()
+
+    def explain(self, error: BaseException) -> OutOfMemoryError | DriverError | None:
+        """Return the pool's own error behind an error of ONNX Runtime's, or None if there is none.
+
+        A session whose request fails raises an error of ONNX Runtime's that quotes ours. For example:
+
+            try:
+                session.run(None, feeds)
+            except Exception as error:
+                raise pool.explain(error) or error
+        """
+        match = re.search(r"\[glake-infer failure (\d+)\]", str(error))
+        if match is None:
+            return None
+        return next((found for found in self.failures() if found.sequence == int(match[1])), None)
+
+    def check_invariants(self) -> None:
+        """Verify the pool's bookkeeping; RuntimeError names what does not hold. For tests."""
+        self._open().check_invariants()
+
+    def close(self) -> None:
+        """Give idle memory back and end this handle, so that another can be made. Closing twice is fine.
+
+        Raises `PoolInUseError`, with the handle still open, while memory is handed out.
+        """
+        with _lock:
+            if self._pool is None:
+                return
+            try:
+                stats = self.stats()
+                if stats.active:
+                    raise PoolInUseError.close(stats.active, stats.weights)
+                self._pool.trim(0)
+            except ForkedProcessError:
+                pass  # the parent's pool is not ours to trim
+            self._finalizer.detach()
+            self._pool = None
+            if _handles.get(self._device) is self:
+                del _handles[self._device]
+
+    def __enter__(self) -> Pool:
+        """Return the pool; leaving the `with` block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the pool. When an error is on its way, a pool in use stays open rather than hide it."""
+        try:
+            self.close()
+        except PoolInUseError:
+            if error is None:
+                raise
+
+    def __repr__(self) -> str:
+        if self._pool is None:
+            return f"<Pool on {self._device!r}, closed>"
+        stats = self.stats()
+        return (
+            f"<Pool on {self._device!r}: {format_bytes(stats.active)} active, {format_bytes(stats.idle)} "
+            f"idle, limit {format_bytes(stats.limit)}>"
+        )
+
+    def _open(self) -> _native.Pool:
+        if self._pool is None:
+            raise PoolClosedError
+        return self._pool
+
+
+def _parse_limit(limit: int | str | None) -> int:
+    if limit is None:
+        return cpu_memory()
+    size = parse_bytes(limit)
+    if size == 0:
+        raise InputError("a pool's limit must be more than 0 bytes; None means all memory of the machine")
+    return min(size, 2**63)  # addresses end long before
+
+
+def _give_back(pool: _native.Pool) -> None:
+    with contextlib.suppress(ForkedProcessError):  # a child dropped its copy of the handle
+        pool.trim(0)

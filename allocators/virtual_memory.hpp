@@ -1,0 +1,201 @@
+// VirtualMemory: what the pool asks of a device's memory.
+//
+// An address range is reserved without memory behind it; physical memory comes as chunks; a chunk is
+// mapped whole at an address of a reserved range, at several addresses at once if the pool wants
+// that (the same bytes show at each of them). Implementations: HostMemory (memfd + mmap).
+//
+// Contract
+// - Sizes and addresses are multiples of granularity().
+// - A call that fails throws DriverError and has changed nothing.
+// - The calls that give back (release, destroy, unmap) never throw: they run while errors unwind.
+// - Calls come from one thread at a time (the pool holds its lock).
+// - In a child of fork() the calls that give back do nothing: the memory is the parent's.
+//
+// The owners AddressRange, PhysicalMemory and MappedRange below hold one driver object each, so that
+// a set-up of several steps undoes itself when a later step fails.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "process.hpp"
+
+namespace glake {
+
+using Address = std::uintptr_t;
+
+// One piece of physical memory, as the implementation knows it (host: offset into the memfd).
+struct ChunkHandle {
+  std::uint64_t value = 0;
+  std::size_t bytes = 0;
+};
+
+enum class Access { none, read_only, read_write };
+
+// A call to the operating system or the driver that failed: which one, why, and what was attempted.
+class DriverError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+class VirtualMemory {
+ public:
+  VirtualMemory() = default;
+  VirtualMemory(const VirtualMemory&) = delete;
+  VirtualMemory& operator=(const VirtualMemory&) = delete;
+  virtual ~VirtualMemory() = default;
+
+  // The smallest range that can be mapped, in bytes; a power of two.
+  [[nodiscard]] virtual std::size_t granularity() const noexcept = 0;
+
+  // Bytes that the device could still give, to the best of its knowledge. For error messages.
+  [[nodiscard]] virtual std::size_t free_bytes() const noexcept = 0;
+
+  // Reserves an address range, aligned to granularity(), with nothing behind it.
+  [[nodiscard]] Address reserve(std::size_t bytes) {
+    count("reserve", bytes);
+    return do_reserve(bytes);
+  }
+  // Gives an address range back. Nothing may be mapped in it.
+  void release(Address address, std::size_t bytes) noexcept {
+    if (begin_give_back()) do_release(address, bytes);
+  }
+
+  // Creates physical memory.
+  [[nodiscard]] ChunkHandle create(std::size_t bytes) {
+    count("create", bytes);
+    return do_create(bytes);
+  }
+  // Gives physical memory back to the device. It must not be mapped anywhere.
+  void destroy(ChunkHandle handle) noexcept {
+    if (begin_give_back()) do_destroy(handle);
+  }
+
+  // Maps a whole chunk at an address inside a reserved range, for reading and writing.
+  void map(Address address, ChunkHandle handle) {
+    count("map", handle.bytes);
+    do_map(address, handle);
+  }
+  // Removes every mapping in the range; its edges must be edges of mappings. The range stays reserved.
+  void unmap(Address address, std::size_t bytes) noexcept {
+    if (begin_give_back()) do_unmap(address, bytes);
+  }
+  // Changes the access to mapped memory; edges as for unmap.
+  void protect(Address address, std::size_t bytes, Access access) {
+    count("protect", bytes);
+    do_protect(address, bytes, access);
+  }
+
+  // Maps the first `bytes` of an open file, read-only and shared with every other process that maps
+  // it; the caller may close the descriptor afterwards. Given back by unmap_file().
+  [[nodiscard]] Address map_file(int descriptor, std::size_t bytes) {
+    count("map_file", bytes);
+    return do_map_file(descriptor, bytes);
+  }
+  void unmap_file(Address address, std::size_t bytes) noexcept {
+    if (begin_give_back()) do_unmap_file(address, bytes);
+  }
+
+  // How many calls reached the driver or the operating system so far.
+  [[nodiscard]] std::uint64_t calls() const noexcept { return calls_; }
+
+  // For tests: of the coming calls that can fail, the `n`-th (0: the next) throws and those before it
+  // pass; so do those after it. A negative number disarms.
+  void inject_failure(std::int64_t n) noexcept { until_failure_ = n; }
+
+ protected:
+  virtual Address do_reserve(std::size_t bytes) = 0;
+  virtual void do_release(Address address, std::size_t bytes) noexcept = 0;
+  virtual ChunkHandle do_create(std::size_t bytes) = 0;
+  virtual void do_destroy(ChunkHandle handle) noexcept = 0;
+  virtual void do_map(Address address, ChunkHandle handle) = 0;
+  virtual void do_unmap(Address address, std::size_t bytes) noexcept = 0;
+  virtual void do_protect(Address address, std::size_t bytes, Access access) = 0;
+  virtual Address do_map_file(int descriptor, std::size_t bytes) = 0;
+  virtual void do_unmap_file(Address address, std::size_t bytes) noexcept = 0;
+
+ private:
+  void count(const char* call, std::size_t bytes) {
+    ++calls_;
+    if (until_failure_ >= 0 && until_failure_-- == 0) {
+      throw DriverError(std::string(call) + " of " + std::to_string(bytes) + " bytes failed: injected by a test");
+    }
+  }
+  bool begin_give_back() noexcept {
+    ++calls_;
+    return !process_.is_child();
+  }
+
+  ProcessMark process_;
+  std::uint64_t calls_ = 0;
+  std::int64_t until_failure_ = -1;
+};
+
+// Owns physical memory.
+class PhysicalMemory {
+ public:
+  PhysicalMemory(VirtualMemory& memory, std::size_t bytes) : memory_(&memory), handle_(memory.create(bytes)) {}
+  PhysicalMemory(PhysicalMemory&& other) noexcept
+      : memory_(std::exchange(other.memory_, nullptr)), handle_(other.handle_) {}
+  PhysicalMemory& operator=(PhysicalMemory&&) = delete;
+  ~PhysicalMemory() {
+    if (memory_ != nullptr) memory_->destroy(handle_);
+  }
+  [[nodiscard]] ChunkHandle handle() const noexcept { return handle_; }
+
+ private:
+  VirtualMemory* memory_;
+  ChunkHandle handle_;
+};
+
+// Owns a reserved range of addresses.
+class AddressRange {
+ public:
+  AddressRange(VirtualMemory& memory, std::size_t bytes)
+      : memory_(&memory), address_(memory.reserve(bytes)), bytes_(bytes) {}
+  AddressRange(AddressRange&& other) noexcept
+      : memory_(std::exchange(other.memory_, nullptr)), address_(other.address_), bytes_(other.bytes_) {}
+  AddressRange& operator=(AddressRange&&) = delete;
+  ~AddressRange() {
+    if (memory_ != nullptr) memory_->release(address_, bytes_);
+  }
+  [[nodiscard]] Address address() const noexcept { return address_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  VirtualMemory* memory_;
+  Address address_;
+  std::size_t bytes_;
+};
+
+// Owns an address range and what is mapped in it, front to back.
+class MappedRange {
+ public:
+  MappedRange(VirtualMemory& memory, std::size_t bytes) : memory_(&memory), range_(memory, bytes) {}
+  MappedRange(MappedRange&& other) noexcept
+      : memory_(other.memory_), range_(std::move(other.range_)), mapped_(std::exchange(other.mapped_, 0)) {}
+  MappedRange& operator=(MappedRange&&) = delete;
+  ~MappedRange() {
+    if (mapped_ != 0) memory_->unmap(range_.address(), mapped_);
+  }
+  // Maps a chunk behind the ones that are mapped already.
+  void append(ChunkHandle handle) {
+    memory_->map(range_.address() + mapped_, handle);
+    mapped_ += handle.bytes;
+  }
+  [[nodiscard]] Address address() const noexcept { return range_.address(); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return range_.bytes(); }
+  [[nodiscard]] std::size_t mapped() const noexcept { return mapped_; }
+
+ private:
+  VirtualMemory* memory_;
+  AddressRange range_;
+  std::size_t mapped_ = 0;
+};
+
+}  // namespace glake

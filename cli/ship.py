@@ -1,0 +1,90 @@
+"""`glake-infer export` and `import`: packages for other tools and other machines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glake_infer.cli import output
+from glake_infer.cli.errors import command, fail
+
+
+@command
+def export(
+    package: Annotated[Path, typer.Argument(metavar="X.glake", help="The package.", show_default=False)],
+    folder: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="DIR", help="Write an ordinary ONNX model with external data here.", show_default=False),
+    ] = None,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", metavar="FILE", help="Write one file for `glake-infer import`.", show_default=False),
+    ] = None,
+    json: output.Json = False,
+) -> None:
+    """Write a package as an ordinary ONNX model, or as one archive.
+
+    With -o, DIR/X.onnx and DIR/X.onnx.data hold real copies of everything, for any other ONNX tool. With --archive,
+    one self-contained FILE carries the package to another machine.
+    """
+    import glake_infer as gi
+
+    if (folder is None) == (archive is None):
+        fail("export needs either -o DIR (an ONNX model) or --archive FILE (for `glake-infer import`), one of them.")
+    with output.progress("exporting") as progress:
+        if archive is not None:
+            report = gi.export_archive(package, archive, progress=progress)
+        else:
+            assert folder is not None
+            report = gi.export(package, folder, progress=progress)
+    if json:
+        output.print_json(report)
+    else:
+        output.show(f"{package} -> {report.target}: {report.weights} weights, {output.size(report.bytes)}")
+
+
+@command
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive made by `glake-infer export`.", show_default=False)],
+    target: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="X.glake", help="The package. Default: the archive's name, in this folder.", show_default=False),
+    ] = None,
+    json: output.Json = False,
+) -> None:
+    """Take an archive into the store and write its package.
+
+    Every weight's digest is checked on the way; weights that the store holds already are not written again.
+    """
+    import glake_infer as gi
+
+    target = target or _default_target(file)
+    with output.progress("importing") as progress:
+        manifest = gi.import_archive(file, target, progress=progress)
+    distinct = manifest.distinct
+    if json:
+        output.print_json(
+            {
+                "package": str(target),
+                "weights": len(manifest.weights),
+                "distinct_weights": len(distinct),
+                "distinct_bytes": sum(distinct.values()),
+                "variants": list(manifest.variants),
+            }
+        )
+    else:
+        output.show(f"{file} -> {target}: {len(manifest.weights)} weights, {output.size(sum(distinct.values()))} distinct")
+
+
+def _default_target(file: Path) -> Path:
+    """Where gi.import_archive puts a package that nobody named."""
+    return Path(re.sub(r"(\.glake)?(\.tar|\.archive)?$", "", file.name) + ".glake")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("export")(export)
+    app.command("import")(import_)

@@ -1,0 +1,329 @@
+"""Run several models in one process and one pool, and say how fast they are and where the memory is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glake_infer.allocators.errors import InputError
+from glake_infer.allocators.pool import Pool
+from glake_infer.models.convert import convert
+from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
+from glake_infer.models.manifest import Value
+from glake_infer.models.memory import ProcessMemory, process_memory
+from glake_infer.models.model import Model, ModelMemory, Sharing, load
+from glake_infer.models.package import SUFFIX
+from glake_infer.residency import Residency
+from glake_infer.store import Store
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class OutputSummary:
+    """One output of the last run. Statistics are None where they make no sense (no numbers, or none at all)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    mean: float | None
+    min: float | None
+    max: float | None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model's runs. Times in seconds, sizes in bytes."""
+
+    name: str
+    """Unique among the models of this call."""
+    path: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[OutputSummary, ...]
+    runs: int
+    load: float
+    median: float
+    min: float
+    p95: float
+    memory: ModelMemory
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Where the memory is after the runs, in bytes: what the pool holds, and what the operating system counts."""
+
+    shared: int
+    """Weights that more than one model uses, held once."""
+    own: int
+    """Weights that one model uses."""
+    private: int
+    """Copies that sessions made for themselves when they were built."""
+    activations: int
+    """What else the pool has handed out: activations and outputs that are still held."""
+    idle: int
+    """Kept by the pool for the next request."""
+    reserved: int
+    peak_reserved: int
+    limit: int
+    process: ProcessMemory
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What `run` did. `seconds` is the time of all runs together."""
+
+    models: tuple[ModelResult, ...]
+    memory: MemoryReport
+    device: str
+    sharing: str
+    threads: int
+    repeat: int
+    seconds: float
+
+
+@dataclass
+class _Loaded:
+    name: str
+    path: Path
+    model: Model
+    seconds: float
+    feeds: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    inputs: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    repeat: int = 1,
+    threads: int = 1,
+    sharing: Sharing = "fast",
+    limit: int | str | None = None,
+    device: str = "cpu",
+    intra_op: int | None = None,
+    seed: int = 0,
+    save: str | os.PathLike[str] | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Load packages (and ONNX models, converted on the fly) into one pool and run each `repeat` times.
+
+    inputs, shapes
+        What is fed, as texts `[MODEL:]NAME=FILE` and `[MODEL:]NAME=1,128`; see models/feeds.py. The rest is
+        generated from `seed`.
+    threads
+        How many runs go on at once, over all models.
+    save
+        A folder that gets the last outputs of each model as `NAME.npz`.
+
+    Raises InputError and whatever `load` and `Model.run` raise. Everything is closed on return and on error.
+    """
+    if repeat < 1 or threads < 1:
+        raise InputError(f"repeat={repeat}, threads={threads}: both must be at least 1.")
+    names = labels([Path(path) for path in paths])
+    overrides, given_shapes = parse_overrides(inputs, names), parse_shapes(shapes, names)
+    store = store or Store()
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(Pool(device=device, limit=limit))
+        loaded = _load_all(
+            stack, names, [Path(path) for path in paths], pool, sharing, intra_op, store, progress
+        )
+        _feed_all(loaded, overrides, given_shapes, seed)
+        start = time.perf_counter()
+        _run_all(loaded, repeat, threads)
+        seconds = time.perf_counter() - start
+        results = tuple(_result(entry) for entry in loaded)
+        memory = _memory(pool, [entry.model for entry in loaded])
+        if save is not None:
+            _save_all(loaded, Path(save))
+    return RunReport(results, memory, device, sharing, threads, repeat, seconds)
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """A name for each model: the file's without its suffix, with `#2`, `#3` behind where it comes again."""
+    counts: dict[str, int] = {}
+    names = []
+    for path in paths:
+        stem = path.name.removesuffix(SUFFIX).removesuffix(".onnx")
+        counts[stem] = counts.get(stem, 0) + 1
+        names.append(stem if counts[stem] == 1 else f"{stem}#{counts[stem]}")
+    return names
+
+
+def _load_all(
+    stack: contextlib.ExitStack,
+    names: Sequence[str],
+    paths: Sequence[Path],
+    pool: Pool,
+    sharing: Sharing,
+    intra_op: int | None,
+    store: Store,
+    progress: Progress | None,
+) -> list[_Loaded]:
+    loaded = []
+    for name, path in zip(names, paths, strict=True):
+        with as_package(path, store, progress) as package:
+            start = time.perf_counter()
+            model = stack.enter_context(load(package, pool, sharing=sharing, threads=intra_op, store=store))
+            loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
+    return loaded
+
+
+@contextlib.contextmanager
+def as_package(path: Path, store: Store, progress: Progress | None = None) -> Iterator[Path]:
+    """Yield `path`, or, where it is a file, a package of it in a temporary folder.
+
+    The folder is only needed while the model is loaded. The weights stay in the store until the next gc, so
+    that converting the same model again writes nothing.
+    """
+    if path.is_dir() or not path.exists() and path.suffix == SUFFIX:
+        yield path
+        return
+    with store.using():
+        folder = Path(tempfile.mkdtemp(prefix="glake-run-"))
+        package = folder / f"{path.stem}{SUFFIX}"
+        try:
+            with store.writing(folder):
+                convert(path, package, store=store, progress=progress)
+                yield package
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            for record in list(store.records()):
+                if record.path == package.absolute():
+                    record.file.unlink(missing_ok=True)
+
+
+def _feed_all(
+    loaded: Sequence[_Loaded], overrides: Sequence[Override], shapes: Sequence[Override], seed: int
+) -> None:
+    used: set[int] = set()
+    for entry in loaded:
+        rng = np.random.default_rng(seed)
+        known = [*entry.model.inputs, *entry.model.overridable]
+        entry.feeds = feeds_of(entry.name, entry.model.inputs, known, overrides, shapes, rng, used)
+    for item in (*overrides, *shapes):
+        if id(item) not in used:
+            inputs = "; ".join(f"{e.name}: {', '.join(map(str, e.model.inputs)) or 'none'}" for e in loaded)
+            raise InputError(f"{item.text}: no model has such an input. Inputs are {inputs}.")
+
+
+def _run_all(loaded: Sequence[_Loaded], repeat: int, threads: int) -> None:
+    """Run every model `repeat` times, in turn, by `threads` workers; the first error ends it."""
+    if threads == 1:
+        for entry in (entry for _ in range(repeat) for entry in loaded):
+            _run_once(entry)
+        return
+    work: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
+    for entry in (entry for _ in range(repeat) for entry in loaded):
+        work.put(entry)
+    errors: list[BaseException] = []
+    stop = threading.Event()
+
+    def worker() -> None:
+        while not stop.is_set():
+            try:
+                _run_once(work.get_nowait())
+            except queue.Empty:
+                return
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+    workers = [threading.Thread(target=worker, name=f"run-{index}") for index in range(threads)]
+    for thread in workers:
+        thread.start()
+    try:
+        for thread in workers:
+            thread.join()
+    finally:  # Ctrl-C: runs in flight end, no new ones begin
+        stop.set()
+        for thread in workers:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _run_once(entry: _Loaded) -> None:
+    start = time.perf_counter()
+    results = entry.model.run(entry.feeds)
+    entry.times.append(time.perf_counter() - start)
+    entry.results = results
+
+
+def _result(entry: _Loaded) -> ModelResult:
+    times = np.array(entry.times)
+    return ModelResult(
+        name=entry.name,
+        path=str(entry.path),
+        inputs=tuple(entry.model.inputs),
+        outputs=tuple(summary(name, value) for name, value in entry.results.items()),
+        runs=len(entry.times),
+        load=entry.seconds,
+        median=float(np.median(times)),
+        min=float(times.min()),
+        p95=float(np.percentile(times, 95)),
+        memory=entry.model.memory,
+        notes=tuple(entry.model.notes),
+    )
+
+
+def summary(name: str, value: Any) -> OutputSummary:
+    """Describe an output: its type and shape, and mean, least and largest value of numbers."""
+    if not isinstance(value, np.ndarray):
+        return OutputSummary(name, type(value).__name__, None, None, None, None)
+    mean = least = largest = None
+    if value.size and value.dtype.kind not in "OUSc":
+        wide = value.astype(np.float64)
+        mean, least, largest = float(wide.mean()), float(wide.min()), float(wide.max())
+    return OutputSummary(name, "string" if value.dtype.kind in "OU" else str(value.dtype), value.shape, mean, least, largest)
+
+
+def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
+    stats = pool.stats()
+    resident = Residency.of(pool).users()
+    shared = sum(size for size, users in resident.values() if len(users) > 1)
+    own = sum(size for size, users in resident.values() if len(users) == 1)
+    private = sum(model.memory.private for model in models)
+    return MemoryReport(
+        shared=shared,
+        own=own,
+        private=private,
+        activations=max(0, stats.active - shared - own - private),
+        idle=stats.idle,
+        reserved=stats.reserved,
+        peak_reserved=stats.peak_reserved,
+        limit=stats.limit,
+        process=process_memory(),
+    )
+
+
+def _save_all(loaded: Sequence[_Loaded], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in loaded:
+        save_npz(folder / f"{entry.name}.npz", entry.results)
+
+
+def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write what is an array of numbers to `path`, all or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    kept = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray) and value.dtype.kind != "O"}
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **kept)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
