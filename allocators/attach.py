@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import weakref
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import GlakeError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     from . import _native
 
@@ -66,7 +67,7 @@ def import_onnxruntime() -> ModuleType:
     """
     extra = "cuda" if Path("/dev/nvidia0").exists() else "cpu"
     try:
-        import onnxruntime
+        onnxruntime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise MissingDependencyError(
             f"ONNX Runtime is needed and cannot be imported ({error}). "

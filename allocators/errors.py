@@ -90,8 +90,9 @@ class OutOfMemoryError(GlakeError, MemoryError):
             f"limit of {format_bytes(limit)}, of which {format_bytes(active)} are active "
             f"({', '.join(f'{tag} {format_bytes(size)}' for tag, size in held)}); "
             f"{format_bytes(idle)} more are idle and would have been used; the device has "
-            f"{format_bytes(device_free)} free. This request would have passed with a limit of {needed_limit} "
-            f"bytes ({format_bytes(needed_limit)}): raise pool.limit, close sessions, or use smaller inputs."
+            f"{format_bytes(device_free)} free. This request would have passed with a limit of "
+            f"{needed_limit} bytes ({format_bytes(needed_limit)}): raise pool.limit, close sessions, or use "
+            "smaller inputs."
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -174,9 +175,9 @@ class PoolInUseError(GlakeError):
         """Make the error for closing a pool that is in use."""
         return cls(
             f"the pool cannot be closed: {format_bytes(active)} ({active} bytes) are active, "
-            f"{format_bytes(weights)} of them weights. Drop the sessions on this pool, free what you allocated "
-            "and unmap what you mapped, then close it. (Dropping the handle itself is always allowed: what is "
-            "active stays as it is.)"
+            f"{format_bytes(weights)} of them weights. Drop the sessions on this pool, free what you "
+            "allocated and unmap what you mapped, then close it. (Dropping the handle itself is always "
+            "allowed: what is active stays as it is.)"
         )
 
 

@@ -145,8 +145,8 @@ NB_MODULE(_native, module) {
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"))
       .def("reset_peaks", &Pool::reset_peaks, Unlocked())
       .def("check_invariants", &Pool::check_invariants, Unlocked())
-      .def("inject_failure", &Pool::inject_failure, "n"_a,
-           "For tests: the n-th coming driver call (0: the next) fails; a negative number disarms.", Unlocked());
+      .def("inject_failure", &Pool::inject_failure, "n"_a, "times"_a = 1,
+           "For tests: n coming driver calls pass, and the `times` after them fail; a negative n disarms.", Unlocked());
 
   nb::class_<glake::InitializerValues>(module, "InitializerValues",
                                        "ONNX Runtime's values over injected weights; released with this object.")

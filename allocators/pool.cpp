@@ -185,9 +185,9 @@ void Pool::reset_peaks() {
   blocks_->reset_peaks();
 }
 
-void Pool::inject_failure(std::int64_t n) {
+void Pool::inject_failure(std::int64_t n, std::int64_t times) {
   const Operation operation(*this);
-  memory_->inject_failure(n);
+  memory_->inject_failure(n, times);
 }
 
 void Pool::throw_out_of_memory(std::size_t requested, std::size_t block_bytes) const {

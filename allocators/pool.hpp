@@ -150,7 +150,7 @@ class Pool {
   // in debug builds, and where the environment has GLAKE_CHECK_INVARIANTS when the pool is made.
   void check_invariants() const;
   // For tests: see VirtualMemory::inject_failure.
-  void inject_failure(std::int64_t n);
+  void inject_failure(std::int64_t n, std::int64_t times);
 
  private:
   class Operation;

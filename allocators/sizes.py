@@ -39,7 +39,8 @@ def parse_bytes(amount: int | str) -> int:
         match = _AMOUNT.fullmatch(amount)
         if match and (unit := _UNITS.get(match[2].lower())):
             whole, _, fraction = match[1].partition(".")
-            return int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction)
+            size: int = int(whole) * unit + int(fraction or 0) * unit // 10 ** len(fraction)
+            return size
     raise InputError(
         f"{amount!r} is not an amount of memory: expected bytes as an integer, or text such as '4GiB' or "
         "'512MB' (units: B, KB, MB, GB, TB, KiB, MiB, GiB, TiB)"

@@ -104,9 +104,12 @@ class VirtualMemory {
   // How many calls reached the driver or the operating system so far.
   [[nodiscard]] std::uint64_t calls() const noexcept { return calls_; }
 
-  // For tests: of the coming calls that can fail, the `n`-th (0: the next) throws and those before it
-  // pass; so do those after it. A negative number disarms.
-  void inject_failure(std::int64_t n) noexcept { until_failure_ = n; }
+  // For tests: of the coming calls that can fail, `n` pass and the `times` after them throw. A negative
+  // `n` disarms.
+  void inject_failure(std::int64_t n, std::int64_t times) noexcept {
+    until_failure_ = n;
+    failures_left_ = n < 0 ? 0 : times;
+  }
 
  protected:
   virtual Address do_reserve(std::size_t bytes) = 0;
@@ -122,9 +125,9 @@ class VirtualMemory {
  private:
   void count(const char* call, std::size_t bytes) {
     ++calls_;
-    if (until_failure_ >= 0 && until_failure_-- == 0) {
-      throw DriverError(std::string(call) + " of " + std::to_string(bytes) + " bytes failed: injected by a test");
-    }
+    if (failures_left_ == 0 || until_failure_-- > 0) return;
+    --failures_left_;
+    throw DriverError(std::string(call) + " of " + std::to_string(bytes) + " bytes failed: injected by a test");
   }
   bool begin_give_back() noexcept {
     ++calls_;
@@ -133,7 +136,8 @@ class VirtualMemory {
 
   ProcessMark process_;
   std::uint64_t calls_ = 0;
-  std::int64_t until_failure_ = -1;
+  std::int64_t until_failure_ = 0;
+  std::int64_t failures_left_ = 0;
 };
 
 // Owns physical memory.

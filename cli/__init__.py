@@ -12,15 +12,17 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
 
 import typer
 
 from glake_infer.cli import convert, demo, doctor, inspect, run, ship, store, zoo
 from glake_infer.cli.errors import reported
+from glake_infer.cli.group import Group
+from glake_infer.version import __version__
 
 app = typer.Typer(
     name="glake-infer",
+    cls=Group,
     help="Run many ONNX models in one process: one pool of memory, every equal weight held once.",
     no_args_is_help=True,
     add_completion=False,
@@ -29,20 +31,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from glake_infer.version import __version__
-
-        typer.echo(f"glake-infer {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
-    ] = False,
-) -> None:
+@app.callback(cls=Group, epilog="`glake-infer --version` prints the version. GLAKE_DEBUG=1 shows the traceback of an error.")
+def _root() -> None:
     pass
 
 
@@ -54,7 +44,10 @@ def main() -> None:
     """Run the command line; never returns."""
     signal.signal(signal.SIGTERM, _terminate)
     with reported():
-        app()
+        if sys.argv[1:] == ["--version"]:  # as an option of typer's it would cost every --help 0.15 s (pydantic)
+            print(f"glake-infer {__version__}")
+        else:
+            app()
     sys.exit(0)
 
 

@@ -132,7 +132,7 @@ def _memory(memory: MemoryReport) -> Table:
         ("activations", memory.activations, "in use now"),
         ("pool idle", memory.idle, "kept for the next run"),
         ("pool", memory.reserved, f"peak {output.size(memory.peak_reserved)}, limit {output.size(memory.limit)}"),
-        ("process", memory.process.total, f"PSS {output.size(memory.process.pss)}, unmapped {output.size(memory.process.unmapped)}"),
+        ("process", memory.process.total, f"{output.size(memory.process.files)} of it mapped from files"),
     ]
     for name, count, remark in rows:
         output.add(made, name, output.size(count), remark)

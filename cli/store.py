@@ -10,11 +10,12 @@ import typer
 
 from glake_infer.cli import output
 from glake_infer.cli.errors import FAILED, command
+from glake_infer.cli.group import Group
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-app = typer.Typer(help="Look after the store of weights ($GLAKE_STORE).", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Look after the store of weights ($GLAKE_STORE).", no_args_is_help=True)
 
 
 @app.command("ls")

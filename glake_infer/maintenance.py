@@ -164,8 +164,9 @@ def _gc_locked(store: Store, dry_run: bool) -> GcReport:
             if not dry_run:
                 record.file.unlink(missing_ok=True)
                 store.register(path, record.identity, record.digests)
-        live |= record.digests
-        identities.add(record.identity)
+        identity, digests = _needed(path, record)
+        live |= digests
+        identities |= {identity, record.identity}
     for digest, status in store.objects:
         if digest in live:
             report.kept_objects += 1
@@ -186,7 +187,9 @@ def _remove_temporaries(store: Store, report: GcReport) -> None:
     leftovers += store.prepared.glob(".*.tmp")
     for note in store.pending.glob("[0-9a-f]*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            leftovers.append(Path(json.loads(note.read_bytes())["path"]))
+            folder = Path(json.loads(note.read_bytes())["path"])
+            if folder.name.endswith(".tmp"):  # never anything else, whatever the note says
+                leftovers.append(folder)
         leftovers.append(note)
     for path in leftovers:
         if path.exists():
@@ -217,6 +220,19 @@ def _remove_prepared(store: Store, identities: set[str], report: GcReport) -> No
             report.bytes += status.st_size
             if not report.dry_run:
                 store.prepared_objects.path(digest).unlink(missing_ok=True)
+
+
+def _needed(path: Path, record: Record) -> tuple[str, frozenset[str]]:
+    """Identity and objects of the package at `path`: what is recorded, and what its manifest says.
+
+    They differ where a convert was killed between registering the new version and putting it in place, and
+    where a package was copied over another.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads((path / MANIFEST).read_bytes())
+        found = {str(weight["digest"]) for weight in content["weights"]}
+        return str(content["identity"]), record.digests | found
+    return record.identity, record.digests
 
 
 def _renamed(record: Record) -> Path | None:

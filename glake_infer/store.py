@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 SEALED = 1_000_000_000
 """Modification time (seconds since 1970) of every object that nobody has touched."""
 
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 def default_root() -> Path:
     """Where the store lies when nobody says otherwise."""
@@ -62,7 +64,7 @@ def storage_errors(what: str, where: Path) -> Iterator[None]:
                 f"Free some space (`glake-infer store gc` removes what no package needs), or point "
                 f"GLAKE_STORE or -o at another disk, and run the command again."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in READ_ONLY:
             raise StoreError(
                 f"may not write to {where} while {what}: {error.strerror}. "
                 f"Make it writable for this user, or point GLAKE_STORE or -o elsewhere."
@@ -70,9 +72,14 @@ def storage_errors(what: str, where: Path) -> Iterator[None]:
         raise
 
 
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name beside `path` for something half-written; never longer than a file's name may be."""
+    return path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}.tmp")
+
+
 def write_file(path: Path, data: Buffer) -> None:
     """Write `data` to `path` through a synced temporary sibling: all or nothing."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_sibling(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -128,7 +135,7 @@ class ObjectFolder:
         and StorageFullError on a full disk; either way nothing is left behind.
         """
         path = self.path(digest)
-        temporary = path.with_name(f".{digest}.{uuid.uuid4().hex}.tmp")
+        temporary = temporary_sibling(path)
         with storage_errors("adding a weight to the store", self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -219,12 +226,19 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self, name: str, *, exclusive: bool, wait: bool = True) -> Iterator[None]:
-        """Hold the file lock `name`; raises BlockingIOError if `wait` is False and somebody holds it."""
+        """Hold the file lock `name`; raises BlockingIOError if `wait` is False and somebody holds it.
+
+        A store that this user may only read can be locked shared, where somebody has locked it before.
+        """
+        path = self.root / name
         with storage_errors("opening the store", self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                if exclusive or error.errno not in READ_ONLY or not path.is_file():
+                    raise
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
             fcntl.flock(fd, mode if wait else mode | fcntl.LOCK_NB)

@@ -6,11 +6,11 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnx import ModelProto, NodeProto, TensorProto, inliner
+from onnx import ModelProto, TensorProto, inliner
 
 from glake_infer.allocators.errors import ModelError, PackageError
 from glake_infer.digest import digest_of
@@ -18,6 +18,7 @@ from glake_infer.models.graph import (
     Initializer,
     all_nodes,
     bodies,
+    constant_tensor,
     initializers,
     is_external,
     lift_constants,
@@ -109,13 +110,13 @@ def convert_source(
     opened.model = without_weighty_functions(opened.model)
     model, notes = opened.model, []
     check_operators(model, source)
-    _inline_small_external(opened)
     constants = lift_constants(model, MINIMUM_WEIGHT)
+    _inline_external(opened)
     renamed = make_names_unique(model)
     if renamed:
         first, count = next(iter(renamed.items()))
         notes.append(
-            f"{sum(n - 1 for n in renamed.values())} weights share a name with a weight of another scope and were "
+            f"{sum(n - 1 for n in renamed.values())} weights share a name with something in another scope and were "
             f"renamed (for example {first!r}, {count} times)"
         )
     opened.check_external()
@@ -168,28 +169,28 @@ def convert_source(
 
 def without_weighty_functions(model: ModelProto) -> ModelProto:
     """Inline the model-local functions where one holds a weight: functions have no initializers."""
+    held: list[TensorProto] = []
     for function in model.functions:
-        for node in _nodes_below(function.node):
-            for attribute in node.attribute:
-                if attribute.HasField("t") and (is_external(attribute.t) or tensor_bytes(attribute.t) >= MINIMUM_WEIGHT):
-                    return inliner.inline_local_functions(model)
+        held += [tensor for node in function.node if (tensor := constant_tensor(node)) is not None]
+        for scope in (scope for node in function.node for body in bodies(node) for scope in scopes(body)):
+            held += scope.initializer
+            held += [tensor for node in scope.node if (tensor := constant_tensor(node)) is not None]
+    if any(is_external(tensor) or tensor_bytes(tensor) >= MINIMUM_WEIGHT for tensor in held):
+        return inliner.inline_local_functions(model)
     return model
 
 
-def _nodes_below(nodes: Sequence[NodeProto]) -> Iterator[NodeProto]:
-    for node in nodes:
-        yield node
-        for body in bodies(node):
-            for scope in scopes(body):
-                yield from scope.node
-
-
-def _inline_small_external(opened: ModelSource) -> None:
-    """Bring external tensors that cannot be weights of a package (small ones, attributes) into the graph."""
-    tensors = [a.t for node in all_nodes(opened.model) for a in node.attribute if a.HasField("t")]
-    tensors += [item.tensor for item in initializers(opened.model)]
+def _inline_external(opened: ModelSource) -> None:
+    """Bring external tensors that cannot be weights of a package (small, sparse, attributes) into the graph."""
+    tensors = [item.tensor for item in initializers(opened.model) if tensor_bytes(item.tensor) < MINIMUM_WEIGHT]
+    for scope in scopes(opened.model.graph):
+        tensors += [part for sparse in scope.sparse_initializer for part in (sparse.values, sparse.indices)]
+    for node in all_nodes(opened.model):
+        for attribute in node.attribute:
+            sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
+            tensors += [attribute.t, *attribute.tensors, *(part for s in sparse for part in (s.values, s.indices))]
     for tensor in tensors:
-        if is_external(tensor) and tensor_bytes(tensor) < MINIMUM_WEIGHT:
+        if is_external(tensor):
             data = b"".join(bytes(piece) for piece in opened.pieces(tensor))
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]

@@ -12,10 +12,10 @@ import re
 import shutil
 import tarfile
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from blake3 import blake3
 
@@ -25,7 +25,7 @@ from glake_infer.models.graph import initializers, is_external, make_external
 from glake_infer.models.manifest import Manifest, read_manifest
 from glake_infer.models.package import SUFFIX, Package, check_target, write_package
 from glake_infer.models.source import MAXIMUM_PROTOBUF
-from glake_infer.store import MANIFEST, Store, storage_errors
+from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
 
 ALIGNMENT = 4096
 """Weights of at least this size begin at a multiple of it in the exported data file, so that ORT can map them."""
@@ -62,7 +62,7 @@ def export(
     with store.using():
         opened = Package(package, store)
         opened.check_present()
-        name = opened.path.name.removesuffix(SUFFIX)
+        name = opened.path.resolve().name.removesuffix(SUFFIX)
         model, data = f"{name}.onnx", f"{name}.onnx.data"
         graph = opened.graph()
         external = [item.tensor for item in initializers(graph) if is_external(item.tensor)]
@@ -72,9 +72,9 @@ def export(
         made = not folder.exists()
         with storage_errors("exporting", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".glake-export-", suffix=".tmp", dir=folder))
+            temporary = temporary_sibling(folder.absolute() / model)
             try:
-                with store.writing(temporary), (temporary / data).open("xb") as file:
+                with store.writing(temporary), _new_file(temporary, data) as file:
                     for tensor in external:
                         weight = weights[tensor.name]
                         if weight.digest not in offsets:
@@ -121,7 +121,7 @@ def export_archive(
         opened = Package(package, store)
         opened.check_present()
         distinct = opened.manifest.distinct
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+        temporary = temporary_sibling(target)
         done = 0
         with store.writing(temporary), storage_errors("writing the archive", target):
             try:
@@ -133,7 +133,7 @@ def export_archive(
                     for digest, size in distinct.items():
                         entry = tarfile.TarInfo(f"objects/{digest}")
                         entry.size, entry.mode = size, 0o444
-                        archive.addfile(entry, _Pieces(checked_object(opened, digest, size)))
+                        archive.addfile(entry, io.BufferedReader(_Pieces(checked_object(opened, digest, size))))
                         done += size
                         if progress:
                             progress("weights", done, sum(distinct.values()))
@@ -217,6 +217,11 @@ def checked_object(package: Package, digest: str, length: int) -> Iterator[Buffe
         os.close(fd)
     if done != length or state.hexdigest() != digest:
         raise package.damaged(digest)
+
+
+def _new_file(folder: Path, name: str) -> BinaryIO:
+    folder.mkdir()
+    return (folder / name).open("xb")
 
 
 def _append(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -81,7 +81,7 @@ def feeds_of(
     """Make one model's feeds; `used` collects the ids of the texts that meant this model.
 
     Sizes of symbolic axes follow from what is given: where `input_ids [batch, length]` has the shape 1,128,
-    a generated `attention_mask [batch, length]` gets it too. Other undeclared sizes are 1.
+    a generated `attention_mask [batch, past + length]` gets 1,129: undeclared sizes are 1, and sums are sums.
     """
     names = {value.name for value in known}
     arrays = _meant(model, names, overrides, used)
@@ -100,9 +100,17 @@ def feeds_of(
             continue
         shape = wanted.get(value.name)
         if shape is None and value.shape is not None:
-            shape = tuple(a if isinstance(a, int) else symbols.get(a or "", 1) for a in value.shape)
+            shape = tuple(axis if isinstance(axis, int) else _size(axis, symbols) for axis in value.shape)
         feeds[value.name] = generate(value, shape, rng)
     return feeds
+
+
+def _size(axis: str | None, symbols: Mapping[str, int]) -> int:
+    """The size of an axis that is not declared; exporters write sums such as `past_sequence_length + 1`."""
+    if axis is None or axis in symbols:
+        return symbols.get(axis or "", 1)
+    parts = [part.strip() for part in axis.split("+")]
+    return sum(int(part) if part.isdecimal() else symbols.get(part, 1) for part in parts)
 
 
 def _meant(model: str, names: set[str], items: Sequence[Override], used: set[int]) -> dict[str, Any]:

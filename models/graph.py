@@ -6,6 +6,7 @@ Source: the ONNX IR specification, https://github.com/onnx/onnx/blob/main/docs/I
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -146,13 +147,14 @@ def lift_constants(model: ModelProto, minimum: int) -> int:
     """
     lifted = 0
     old = model.ir_version < 4
+    taken = _all_names(model)
     for scope in scopes(model.graph):
         if old and scope is not model.graph:
             continue
         outputs = {value.name for value in scope.output}
         for index in reversed(range(len(scope.node))):
             node = scope.node[index]
-            tensor = _constant_tensor(node)
+            tensor = constant_tensor(node)
             if tensor is None or tensor_bytes(tensor) < minimum:
                 continue
             lifted += 1
@@ -161,7 +163,7 @@ def lift_constants(model: ModelProto, minimum: int) -> int:
             weight.CopyFrom(tensor)
             weight.name = name
             if name in outputs:
-                weight.name = f"{name}__weight"
+                weight.name = _unused(f"{name}__weight", taken)
                 node.CopyFrom(helper.make_node("Identity", [weight.name], [name], name=node.name))
             else:
                 del scope.node[index]
@@ -170,7 +172,8 @@ def lift_constants(model: ModelProto, minimum: int) -> int:
     return lifted
 
 
-def _constant_tensor(node: NodeProto) -> TensorProto | None:
+def constant_tensor(node: NodeProto) -> TensorProto | None:
+    """The numbers that a `Constant` node stands for; None for strings and for every other node."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     for attribute in node.attribute:
@@ -184,17 +187,29 @@ def _constant_tensor(node: NodeProto) -> TensorProto | None:
 
 
 def make_names_unique(model: ModelProto) -> dict[str, int]:
-    """Rename initializers so that no two scopes have one of the same name; returns {name: how often it was found}.
+    """Rename initializers so that nothing else in any scope has their names; returns {name: how often it was found}.
 
     ONNX Runtime's AddInitializer matches by name in every scope at once, so two branches that both call a
-    weight `w` would silently get the same one. The first keeps its name (inputs can never be renamed: they
-    are in the main graph, which comes first).
+    weight `w` would silently get the same one. ORT also makes initializers of `Constant` nodes and of sparse
+    tensors, and the guard moves weights to the main graph, so the names of all values count. The first weight
+    keeps its name (inputs can never be renamed: they are in the main graph, which comes first).
     """
     taken = _all_names(model)
     seen: set[str] = set()
+    for scope in scopes(model.graph):
+        seen.update(out for node in scope.node for out in node.output)
+        seen.update(sparse.values.name for sparse in scope.sparse_initializer)
+        seen.update(value.name for value in scope.input)
     repeated: dict[str, int] = {}
     _rename_scope(model.graph, {}, seen, taken, repeated)
     return repeated
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """`name`, with something behind it where it is in `taken`, which then holds it."""
+    new = next(new for number in itertools.count() if (new := f"{name}_{number}" if number else name) not in taken)
+    taken.add(new)
+    return new
 
 
 def _all_names(model: ModelProto) -> set[str]:
@@ -215,17 +230,15 @@ def _rename_scope(
     own = {value.name for value in scope.input} | {out for node in scope.node for out in node.output}
     own |= {tensor.name for tensor in scope.initializer} | {s.values.name for s in scope.sparse_initializer}
     renames = {old: new for old, new in outer.items() if old not in own}
+    inputs = {value.name for value in scope.input}
     outputs = {value.name for value in scope.output}
     for tensor in scope.initializer:
-        if tensor.name not in seen:
+        if tensor.name not in seen or tensor.name in inputs:
             seen.add(tensor.name)
             continue
         old = tensor.name
         repeated[old] = repeated.get(old, 1) + 1
-        number = repeated[old]
-        while (new := f"{old}__{number}") in taken:
-            number += 1
-        taken.add(new)
+        new = _unused(f"{old}__{repeated[old]}", taken)
         seen.add(new)
         tensor.name = new
         renames[old] = new

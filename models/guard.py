@@ -6,7 +6,7 @@ caller could override is not a constant, so nothing folds it: every weight at ri
 (listed among the inputs; its default stays the stored weight, and nobody is asked to feed it).
 
 That moves the cast to every run. Two rewrites take most of its cost away again, both exact up to the
-rounding of one multiplication:
+rounding of one multiplication (the first is left alone in fp16, whose range the unscaled sums would leave):
 
     MatMul(x, Cast(W) * scale)          ->  MatMul(x, Cast(W)) * scale            scale per column, or one
     Gather(Cast(W) * scale, ids)        ->  Cast(Gather(W, ids)) * Gather(scale, ids)  scale per row, or one
@@ -149,7 +149,7 @@ def _move_products(scope: _Scope) -> int:
         shape = list(scale.dims)
         result = target.output[0]
         if target.op_type == "MatMul" and target.input[1] == product.output[0] and target.input[0] != product.output[0]:
-            if shape not in ([], [1], [1, 1], [columns], [1, columns]):
+            if scale.data_type == TensorProto.FLOAT16 or shape not in ([], [1], [1, 1], [columns], [1, columns]):
                 continue
             target.input[1] = cast.output[0]
             target.output[0] = f"{result}__unscaled"

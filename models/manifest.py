@@ -168,7 +168,7 @@ def read_manifest(package: Path) -> Manifest:
         raise PackageError(f"{path} is larger than {MAXIMUM_BYTES >> 20} MiB: not a manifest.")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"{path} is not valid JSON ({error}): it is damaged. Convert the model again.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackageError(f"{path} is not a glake-infer manifest: its 'format' is not {FORMAT!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -324,27 +325,33 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted]) -> N
         )
 
 
-@contextmanager
-def session_errors(pool: Pool, what: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions into ours; a request that our pool refused becomes the pool's own error."""
-    mark = pool.failure_count
-    try:
-        yield
-    except GlakeError:
-        raise
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
+class session_errors:  # noqa: N801  (reads as a verb phrase: with session_errors(pool, "running x"))
+    """Turn ONNX Runtime's exceptions into ours; a request that our pool refused becomes the pool's own error.
+
+    No generator: the traceback would be kept by its frames, the traceback keeps the session, and the session its
+    weights, for as long as somebody keeps the error.
+    """
+
+    def __init__(self, pool: Pool, what: str) -> None:
+        self._pool = pool
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._mark = self._pool.failure_count
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        del trace
+        if kind is None or error is None or not kind.__module__.startswith("onnxruntime"):
+            return
+        error.__traceback__ = None
         text = str(error)
-        if refusal := _refusal(pool.failures(mark), text):
+        if refusal := _refusal(self._pool.failures(self._mark), text):
             raise refusal from error
-        kind = InputError if type(error).__name__ == "InvalidArgument" else ModelError
-        raise kind(f"ONNX Runtime refused while {what}: {text}") from error
+        ours = InputError if kind.__name__ == "InvalidArgument" else ModelError
+        raise ours(f"ONNX Runtime refused while {self._what}: {text}") from error
 
 
 def _refusal(failures: list[OutOfMemoryError | DriverError], text: str) -> GlakeError | None:
-    """The refusal that ONNX Runtime's message is about: it names the size; other threads may have had their own."""
-    for failure in reversed(failures):
-        if isinstance(failure, OutOfMemoryError) and str(failure.requested) in text:
-            return failure
-    return failures[-1] if failures and "alloc" in text.lower() else None
+    """The refusal of ours that ONNX Runtime's message cites by number; other threads may have had their own."""
+    cited = re.search(r"\[glake-infer failure (\d+)\]", text)
+    return next((failure for failure in failures if cited and failure.sequence == int(cited[1])), None)

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from glake_infer.allocators.errors import DigestMismatchError, InputError, Packa
 from glake_infer.digest import digest_of, digest_of_file
 from glake_infer.models.graph import external_entries, initializers, is_external
 from glake_infer.models.manifest import Manifest, read_manifest
-from glake_infer.store import MANIFEST, Store, storage_errors
+from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
 
 SUFFIX = ".glake"
 _RENAME_EXCHANGE = 2
@@ -33,10 +32,15 @@ def default_target(source: Path) -> Path:
 
 def check_target(target: Path) -> None:
     """Raise InputError where `target` is something that a package must not replace."""
-    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    try:
+        place = target.resolve()
+        usable = not place.exists() or (place / MANIFEST).is_file() or (place.is_dir() and not any(place.iterdir()))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"a package cannot be written to {str(target)!r}: {error}. Choose another name with -o.") from error
+    if not usable:
         raise InputError(f"{target} exists and is not a package: it was left alone. Choose another name with -o.")
-    if not target.absolute().parent.is_dir():
-        raise InputError(f"the folder {target.absolute().parent} does not exist. Make it, or choose another place with -o.")
+    if not place.parent.is_dir():
+        raise InputError(f"the folder {place.parent} does not exist. Make it, or choose another place with -o.")
 
 
 def write_package(store: Store, target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
@@ -46,8 +50,8 @@ def write_package(store: Store, target: Path, manifest: Manifest, files: Mapping
     moment the old package, the new one, or (the first time) absent. Returns the sealed manifest.
     """
     manifest = manifest.sealed()
-    target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    target = target.resolve()
+    temporary = temporary_sibling(target)
     with store.writing(temporary), storage_errors("writing the package", target):
         try:
             temporary.mkdir()

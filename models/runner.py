@@ -21,9 +21,9 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
 from glake_infer.models.manifest import Value
-from glake_infer.models.memory import ProcessMemory, process_memory
 from glake_infer.models.model import Model, ModelMemory, Sharing, load
 from glake_infer.models.package import SUFFIX
+from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
 from glake_infer.store import Store
 
@@ -178,9 +178,14 @@ def _load_all(
     for name, path in zip(names, paths, strict=True):
         with as_package(path, store, progress) as package:
             start = time.perf_counter()
-            model = stack.enter_context(load(package, pool, sharing=sharing, threads=intra_op, store=store))
+            model = stack.enter_context(load(package, pool, sharing=sharing, threads=intra_op, configure=_quieten, store=store))
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     return loaded
+
+
+def _quieten(options: Any) -> None:
+    """Keep ONNX Runtime from printing its errors as well: they come as exceptions."""
+    options.log_severity_level = 4
 
 
 @contextlib.contextmanager
@@ -293,6 +298,7 @@ def summary(name: str, value: Any) -> OutputSummary:
 
 
 def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
+    release_unused_heap()
     stats = pool.stats()
     resident = Residency.of(pool).users()
     shared = sum(size for size, users in resident.values() if len(users) > 1)
@@ -307,7 +313,7 @@ def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
         reserved=stats.reserved,
         peak_reserved=stats.peak_reserved,
         limit=stats.limit,
-        process=process_memory(),
+        process=measure(),
     )
 
 

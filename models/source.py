@@ -122,7 +122,10 @@ class SourceModel:
 
     def _open(self, tensor: TensorProto, location: str) -> tuple[int, int]:
         path = self._folder / location
-        resolved = path.resolve()
+        try:
+            resolved = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # an endless link, a name with a zero byte
+            raise ModelError(f"external data of weight {tensor.name!r} cannot be read: {location!r}: {error}.") from error
         if not location or Path(location).is_absolute() or not resolved.is_relative_to(self._folder):
             raise ModelError(
                 f"external data of weight {tensor.name!r} points to {location!r}, outside the model's folder "
@@ -176,26 +179,31 @@ def check_operators(model: ModelProto, path: Path) -> None:
     Knows the operators of ONNX, those of the ONNX Runtime that is installed, and the model's own functions.
     """
     opsets = {_canonical(entry.domain): entry.version for entry in model.opset_import}
-    newest = defs.onnx_opset_version()
-    if opsets.get("", 1) > newest:
-        raise ModelError(
-            f"{path} uses opset {opsets['']} of ONNX; the onnx {onnx.__version__} installed here knows up to {newest}. "
-            f"Upgrade with `pip install -U onnx onnxruntime`, or export the model with an older opset."
-        )
+    for domain, (_, newest) in defs.C.schema_version_map().items():
+        if opsets.get(domain, 1) > newest:
+            raise ModelError(
+                f"{path} uses opset {opsets[domain]} of the domain {domain or 'ai.onnx'!r}; the onnx {onnx.__version__} installed "
+                f"here knows up to {newest}. Upgrade with `pip install -U onnx onnxruntime`, or export the model with an older opset."
+            )
     own = {(_canonical(function.domain), function.name) for function in model.functions}
     runtime = _runtime_operators()
     for node in all_nodes(model):
         domain = _canonical(node.domain)
         if (domain, node.op_type) in own:
             continue
-        where = f"operator {domain + ':' if domain else ''}{node.op_type} (node {node.name or node.output[0]!r})"
+        where = f"operator {domain + ':' if domain else ''}{node.op_type} (node {node.name or ', '.join(node.output)!r})"
         declared = opsets.get(domain) or max((f.version for fn in model.functions for f in fn.opset_import if _canonical(f.domain) == domain), default=0)
         if domain in STANDARD_DOMAINS:
             if not declared:
                 raise ModelError(f"{path} uses {where}, but imports no opset of the domain {domain!r}. Export it again.")
-            if not defs.has(node.op_type, domain) or not _in_opset(node.op_type, declared, domain):
-                if (domain, node.op_type) in runtime:
-                    continue
+            schema = _schema(node.op_type, declared, domain)
+            if schema is not None:
+                if len(node.input) < schema.min_input or len(node.output) < schema.min_output:
+                    raise ModelError(
+                        f"{path} uses {where} with {len(node.input)} inputs and {len(node.output)} outputs; it has at least "
+                        f"{schema.min_input} and {schema.min_output}. The model is damaged; export it again."
+                    )
+            elif (domain, node.op_type) not in runtime:
                 raise ModelError(
                     f"{path} uses the unknown {where}: opset {declared} of the domain {domain or 'ai.onnx'!r} has no such operator. "
                     f"Check the spelling, or export the model with another opset."
@@ -207,11 +215,10 @@ def check_operators(model: ModelProto, path: Path) -> None:
             )
 
 
-def _in_opset(op_type: str, version: int, domain: str) -> bool:
+def _schema(op_type: str, version: int, domain: str) -> defs.OpSchema | None:
     with contextlib.suppress(defs.SchemaError):
-        defs.get_schema(op_type, version, domain)
-        return True
-    return False
+        return defs.get_schema(op_type, version, domain)
+    return None
 
 
 def _canonical(domain: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from onnx import TensorProto, TensorShapeProto, ValueInfoProto
+from onnx import TensorProto, TensorShapeProto, TypeProto, ValueInfoProto
 
 from glake_infer.allocators.errors import InputError
 from glake_infer.models.manifest import Value
@@ -38,14 +38,36 @@ def value_of_argument(argument: Any) -> Value:
 
 def value_of_proto(value: ValueInfoProto) -> Value:
     """Describe an input or output of an ONNX graph."""
-    kind = value.type.WhichOneof("value")
     tensor = value.type.tensor_type
-    if kind != "tensor_type":
-        return Value(name=value.name, dtype=str(kind or "unknown").removesuffix("_type"), shape=None)
+    if value.type.WhichOneof("value") != "tensor_type":
+        return Value(name=value.name, dtype=_type_name(value.type), shape=None)
     shape = None
     if tensor.HasField("shape"):
         shape = tuple(_axis(dimension) for dimension in tensor.shape.dim)
-    return Value(name=value.name, dtype=TensorProto.DataType.Name(tensor.elem_type).lower(), shape=shape)
+    return Value(name=value.name, dtype=_element_name(tensor.elem_type), shape=shape)
+
+
+def _element_name(number: int) -> str:
+    try:
+        return TensorProto.DataType.Name(number).lower()
+    except ValueError:
+        return f"unknown{number}"
+
+
+def _type_name(kind: TypeProto) -> str:
+    """A type in ONNX Runtime's spelling, such as "seq(tensor(float))"."""
+    match kind.WhichOneof("value"):
+        case "tensor_type":
+            return f"tensor({_element_name(kind.tensor_type.elem_type)})"
+        case "sparse_tensor_type":
+            return f"sparse_tensor({_element_name(kind.sparse_tensor_type.elem_type)})"
+        case "sequence_type":
+            return f"seq({_type_name(kind.sequence_type.elem_type)})"
+        case "optional_type":
+            return f"optional({_type_name(kind.optional_type.elem_type)})"
+        case "map_type":
+            return f"map({_element_name(kind.map_type.key_type)},{_type_name(kind.map_type.value_type)})"
+    return "unknown"
 
 
 def _axis(dimension: TensorShapeProto.Dimension) -> int | str | None:
@@ -68,19 +90,20 @@ def check_feeds(inputs: Sequence[Value], optional: Sequence[Value], feeds: Mappi
     if missing := [value for value in inputs if value.name not in feeds]:
         raise InputError(f"the input {missing[0]} was not fed; the model needs {_listed(inputs)}.")
     checked: dict[str, Any] = {}
-    symbols: dict[str, tuple[int, str]] = {}
     for name, given in feeds.items():
         value = known[name]
-        checked[name] = given if value.shape is None and value.dtype not in DTYPES else _checked(value, given, symbols)
+        checked[name] = given if value.shape is None and value.dtype not in DTYPES else _checked(value, given)
     return checked
 
 
-def _checked(value: Value, given: Any, symbols: dict[str, tuple[int, str]]) -> Any:
+def _checked(value: Value, given: Any) -> Any:
     expected = DTYPES.get(value.dtype)
     if type(given).__name__ == "OrtValue":
         return given
     if expected is not None and not hasattr(given, "dtype"):
         try:
+            if expected.kind in "iu" and np.asarray(given).dtype.kind == "f" and np.size(given):
+                raise TypeError("it has fractions")
             given = np.asarray(given, expected)
         except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"the input {value} cannot be made from {type(given).__name__}: {error}.") from error
@@ -116,6 +139,8 @@ def generate(value: Value, shape: Sequence[int] | None, rng: np.random.Generator
     sizes = tuple(shape) if shape is not None else tuple(a if isinstance(a, int) else 1 for a in value.shape or ())
     if value.shape is not None and len(sizes) != len(value.shape):
         raise InputError(f"--shape gives {value.name!r} {len(sizes)} axes, but the model declares {value}.")
+    if any(s < 0 or (isinstance(a, int) and s != a) for s, a in zip(sizes, value.shape or sizes, strict=True)):
+        raise InputError(f"--shape gives {value.name!r} the sizes {list(sizes)}, but the model declares {value}.")
     if dtype == np.bool_:
         return np.ones(sizes, dtype)
     if dtype.kind in "iu":

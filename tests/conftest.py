@@ -1,0 +1,86 @@
+"""Fixtures for all tests. `import building` gives the small ONNX models (tests/building.py)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from glake_infer.store import Store
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store, which is also the default one of this test and of the processes it starts."""
+    monkeypatch.setenv("GLAKE_STORE", str(tmp_path / "store"))
+    return Store()
+
+
+@pytest.fixture
+def python():
+    """Start `code` in a new Python process with the tests' helpers on its path; returns the Popen."""
+    started = []
+
+    def start(code, *arguments, **options):
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options}
+        started.append(subprocess.Popen(command, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def _mounted(path, *arguments):
+    path.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *arguments, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        if "permission denied" in done.stderr or "must be superuser" in done.stderr:
+            pytest.skip(f"no right to mount here: {done.stderr.strip()}")
+        raise AssertionError(done.stderr)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 1 MiB."""
+    with _mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as path:
+        yield path
+
+
+@pytest.fixture
+def read_only():
+    """Make a folder read-only for this test (also for root): `read_only(path)`."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def lock(path):
+            stack.enter_context(_mounted(path, "--bind", str(path)))
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
+
+        yield lock
+
+
+def tree(folder):
+    """{relative path: bytes} of everything below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def temporaries(*folders):
+    """What looks half-written below the folders."""
+    return [path for folder in folders for path in Path(folder).rglob("*") if path.name.endswith(".tmp")]
