@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("family", "real_models", "int8", "pool")
+NAMES = ("family", "real_models", "int8")
 
 
 def main() -> None:

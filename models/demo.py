@@ -193,6 +193,11 @@ class Child:
         )
         self._answer()
 
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
     def begin(self, paths: list[str], feeds: Path, progress: Progress) -> None:
         """Load the models, having measured the process without them."""
         self.baseline, _ = self.measure()

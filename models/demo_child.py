@@ -1,6 +1,6 @@
 """One side of the demo, in a process of its own: `python -m glake_infer.models.demo_child ROLE` .
 
-Talks JSON lines over stdin and stdout: {"do": "load" | "run" | "measure" | "close", ...} and one answer to each.
+Talks JSON lines over stdin and stdout: {"do": "load" | "run" | "measure" | "trim" | "close", ...} and one answer to each.
 ROLE is "plain" (ONNX Runtime as everybody uses it), "fast" or "lean" (four models on one pool).
 """
 
@@ -45,6 +45,9 @@ class Plain:
         """Return nothing: there is no pool."""
         return {}
 
+    def trim(self) -> None:
+        """Nothing to do: an arena gives nothing back."""
+
     def close(self) -> None:
         """End the sessions."""
         self._sessions.clear()
@@ -73,6 +76,10 @@ class Pooled:
     def pool(self) -> dict[str, int]:
         """Return the pool's statistics."""
         return asdict(self._pool.stats())
+
+    def trim(self) -> None:
+        """Give the pool's idle memory back."""
+        self._pool.trim()
 
     def close(self) -> None:
         """Close the models and the pool."""
@@ -110,8 +117,8 @@ def serve(role: str, say: Callable[[dict[str, Any]], None]) -> None:
         elif action == "measure":
             release_unused_heap()
             say({"memory": measure().total, "pool": side.pool()})
-        elif action == "close":
-            side.close()
+        elif action in ("trim", "close"):
+            getattr(side, action)()
             say({})
 
 

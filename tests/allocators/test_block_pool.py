@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
 
@@ -106,10 +107,8 @@ def test_two_idle_blocks_are_stitched_into_one():
     assert stats["chunks"] == chunks  # the same physical memory
     assert stats["stitched_blocks"] == 1
     halves = {bytes([b]) for b in (1, 2)}
-    import ctypes
-
     assert {ctypes.string_at(whole, 1), ctypes.string_at(whole + 8 * MiB, 1)} == halves  # and what it held
-    fill(whole, 16 * MiB, 3)
+    ctypes.memset(whole, 3, 16 * MiB)
     # The old addresses show the same bytes: one memory, several mappings.
     assert holds(first, 8 * MiB, 3)
     assert holds(second, 8 * MiB, 3)

@@ -3,7 +3,7 @@ import shutil
 
 import building
 import pytest
-from conftest import temporaries, tree
+from folders import temporaries, tree
 
 from glake_infer.allocators.errors import StoreError
 from glake_infer.maintenance import gc, ls, verify

@@ -5,7 +5,7 @@ import stat
 import threading
 
 import pytest
-from conftest import temporaries
+from folders import temporaries
 
 from glake_infer.allocators.errors import DigestMismatchError, StorageFullError, StoreError
 from glake_infer.digest import digest_of
