@@ -57,6 +57,8 @@ class Pooled:
     """Four packages on one pool, their equal weights held once."""
 
     def __init__(self, sharing: Any) -> None:
+        import onnxruntime  # noqa: F401  (its libraries belong to the baseline on both sides)
+
         from glake_infer.allocators.pool import Pool
         from glake_infer.models.model import Model, load
 
