@@ -184,8 +184,8 @@ class PoolInUseError(GlakeError):
 class PoolClosedError(GlakeError):
     """The handle was closed."""
 
-    def __init__(self) -> None:
-        super().__init__("this pool was closed: make another with Pool(...)")
+    def __init__(self, message: str = "this pool was closed: make another with Pool(...)") -> None:
+        super().__init__(message)
 
 
 class InvalidPointerError(GlakeError):
@@ -203,12 +203,13 @@ class MissingDependencyError(GlakeError, ImportError):
 class ForkedProcessError(GlakeError):
     """The pool belongs to the parent process: a child of fork() must not use it."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "this process was forked from one that has a pool, and the pool's memory belongs to the parent. "
-            "Start workers with the multiprocessing method 'spawn' or 'forkserver', or fork before the first "
-            "pool is made."
-        )
+    def __init__(
+        self,
+        message: str = "this process was forked from one that has a pool, and the pool's memory belongs to "
+        "the parent. Start workers with the multiprocessing method 'spawn' or 'forkserver', or fork before "
+        "the first pool is made.",
+    ) -> None:
+        super().__init__(message)
 
 
 class InputError(GlakeError, ValueError):

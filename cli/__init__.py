@@ -9,6 +9,7 @@ Exit codes: 0 done; 2 an error that the message explains (also a usage error, al
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from types import FrameType
@@ -26,12 +27,16 @@ app = typer.Typer(
     help="Run many ONNX models in one process: one pool of memory, every equal weight held once.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-@app.callback(cls=Group, epilog="`glake-infer --version` prints the version. GLAKE_DEBUG=1 shows the traceback of an error.")
+@app.callback(
+    cls=Group,
+    epilog="`glake-infer --version` prints the version. GLAKE_DEBUG=1 shows the traceback of an error.",
+)
 def _root() -> None:
     pass
 
@@ -43,8 +48,12 @@ for _family in (convert, run, inspect, ship, store, zoo, demo, doctor):
 def main() -> None:
     """Run the command line; never returns."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     with reported():
-        if sys.argv[1:] == ["--version"]:  # as an option of typer's it would cost every --help 0.15 s (pydantic)
+        if sys.argv[1:] == [
+            "--version"
+        ]:  # as an option of typer's it would cost every --help 0.15 s (pydantic)
             print(f"glake-infer {__version__}")
         else:
             app()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,13 @@ def convert(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX model.", show_default=False)],
     target: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="X.glake", help="The package. Default: beside the model.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="X.glake",
+            help="The package. Default: beside the model.",
+            show_default=False,
+        ),
     ] = None,
     json: output.Json = False,
 ) -> None:
@@ -28,10 +34,10 @@ def convert(
     Weights of 1 KiB and more go to the store ($GLAKE_STORE), once per distinct content: a weight that another
     package has already brought takes no space again.
     """
-    import glake_infer as gi
+    from glake_infer.models.convert import convert as convert_model
 
     with output.progress("converting") as progress:
-        report = gi.convert(model, target, progress=progress)
+        report = convert_model(model, target, progress=progress)
     if json:
         output.print_json(report)
     else:
@@ -52,7 +58,7 @@ def show(report: ConvertReport) -> None:
         ("runs", str(report.runs)),
         ("time", output.duration(report.seconds)),
     ]
-    parts = [f"{report.source} -> {report.package}", output.facts(rows)]
+    parts: list[Any] = [f"{report.source} -> {report.package}", output.facts(rows)]
     if report.notes:
         parts.append(output.bullets("Notes", report.notes))
     output.show(*parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
     from glake_infer.models.demo import DemoReport, Side
 
-TITLES = {"plain": "plain ORT", "fast": "shared, fast", "lean": "shared, lean"}
+TITLES = {"plain": "plain ORT", "fast": "glake fast", "lean": "glake lean"}
 
 
 @command
 def demo(
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep models, packages and store in this new folder.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Keep models, packages and store in this new folder.", show_default=False
+        ),
     ] = None,
     json: output.Json = False,
 ) -> None:
@@ -60,13 +62,16 @@ def show(report: DemoReport) -> None:
         f"{size(report.distinct_bytes)} of them distinct. Converting them added to the store: {stored}."
     )
     legend = (
-        f"Memory is the proportional set size and what lies unmapped in memfds, less what the same process had before "
-        f"it loaded the models. Each side ran every model {report.runs} times, in turn with plain ONNX Runtime. "
-        f"All took {output.duration(report.seconds)}."
+        "Memory is what the operating system counts (proportional set size, every weight touched, and "
+        "what the pool keeps), less what the same process had before loading. Each side ran every model "
+        f"{report.runs} times, in turn with plain ONNX Runtime. All took {output.duration(report.seconds)}."
     )
-    parts = [intro, made, legend]
+    parts: list[Any] = [intro, made, legend]
     if report.folder:
-        parts.append(f"Kept in {report.folder}; try: GLAKE_STORE={report.folder}/store glake-infer run {report.folder}/*.glake")
+        parts.append(
+            f"Kept in {report.folder}. Try: "
+            f"GLAKE_STORE={report.folder}/store glake-infer run {report.folder}/*.glake"
+        )
     output.show(*parts)
 
 

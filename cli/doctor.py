@@ -23,7 +23,9 @@ def doctor(json: output.Json = False) -> None:
     for package in report.packages:
         output.add(versions, package.name, package.version or "-", package.detail)
     size = output.size
-    limit = f", limited to {size(report.cgroup_limit)} by the cgroup" if report.cgroup_limit is not None else ""
+    limit = (
+        f", limited to {size(report.cgroup_limit)} by the cgroup" if report.cgroup_limit is not None else ""
+    )
     rows = [
         ("CPU", f"{report.cpu}, {report.cores} cores"),
         ("memory", f"{size(report.memory)}, {size(report.memory_available)} available{limit}"),

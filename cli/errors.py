@@ -19,7 +19,7 @@ BROKEN_PIPE = 141
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command so that its errors are reported; its output is flushed inside, where a broken pipe is caught."""
+    """Wrap a command so that its errors are reported, those of flushing its output too."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -64,9 +64,8 @@ def complain(message: str, mark: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = Text(mark, style="bold red") + Text(message, style="default")
     with contextlib.suppress(OSError):
-        Console(stderr=True, soft_wrap=True).print(text)
+        Console(stderr=True, soft_wrap=True).print(Text.assemble((mark, "bold red"), message))
 
 
 def explained(error: OSError) -> str:

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 class Group(TyperGroup):
     """A group whose `--help` is False rather than None where it is not given.
 
-    typer passes None to pydantic to be made a bool, and importing pydantic would cost every `COMMAND --help` 0.15 s.
+    typer passes None to pydantic to be made a bool, and importing that would cost every help 0.15 s.
     """
 
     def get_help_option(self, ctx: Any) -> Any:

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
     from glake_infer.models.inspect import InspectedModel, InspectedWeight, Inspection
 
-SIZES = ((1 << 10, "under 1 KiB"), (1 << 14, "1 to 16 KiB"), (1 << 18, "16 to 256 KiB"), (1 << 20, "256 KiB to 1 MiB"),
-         (1 << 24, "1 to 16 MiB"), (1 << 28, "16 to 256 MiB"))  # fmt: skip
+SIZES = (
+    (1 << 10, "under 1 KiB"),
+    (1 << 14, "1 to 16 KiB"),
+    (1 << 18, "16 to 256 KiB"),
+    (1 << 20, "256 KiB to 1 MiB"),
+    (1 << 24, "1 to 16 MiB"),
+    (1 << 28, "16 to 256 MiB"),
+)
 LARGEST = "256 MiB and more"
 DUPLICATES_SHOWN = 8
 MATRIX_COLUMNS = 5
@@ -26,19 +32,19 @@ VALUES_SHOWN = 12
 @command
 def inspect(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="X...", help="ONNX models and packages.", show_default=False)
+        list[Path], typer.Argument(metavar="X", help="ONNX models and packages.", show_default=False)
     ],
     weights: Annotated[bool, typer.Option("--weights", help="List every weight.")] = False,
     json: output.Json = False,
 ) -> None:
     """Show the weights of models and packages by type and size, what is twice inside, and what they share.
 
-    Nothing is loaded into ONNX Runtime and nothing is written, except that a package is registered with the store
-    at the place where it lies now.
+    Nothing is loaded into ONNX Runtime and nothing is written, except that a package is registered with the
+    store at the place where it lies now.
     """
-    import glake_infer as gi
+    from glake_infer.models.inspect import inspect as inspect_models
 
-    found = gi.inspect(paths)
+    found = inspect_models(paths)
     if json:
         output.print_json(as_json(found))
         return
@@ -63,7 +69,9 @@ def as_json(found: Inspection) -> dict[str, Any]:
                 **output.plain(model),
                 "bytes": model.bytes,
                 "distinct_bytes": sum(model.distinct.values()),
-                "by_dtype": {dtype: {"weights": n, "bytes": total} for dtype, (n, total) in model.by_dtype.items()},
+                "by_dtype": {
+                    dtype: {"weights": n, "bytes": total} for dtype, (n, total) in model.by_dtype.items()
+                },
                 "duplicates": [
                     {"digest": group[0].digest, "bytes": group[0].bytes, "names": [w.name for w in group]}
                     for group in model.duplicates
@@ -77,7 +85,9 @@ def as_json(found: Inspection) -> dict[str, Any]:
 def _model(model: InspectedModel) -> list[Any]:
     distinct = sum(model.distinct.values())
     rows = [("inputs", _listed(model.inputs)), ("outputs", _listed(model.outputs))]
-    rows.append(("weights", f"{len(model.weights)} of {output.size(model.bytes)}, distinct {output.size(distinct)}"))
+    rows.append(
+        ("weights", f"{len(model.weights)} of {output.size(model.bytes)}, distinct {output.size(distinct)}")
+    )
     if model.variants:
         rows += [(f"variant {name}", variant.purpose) for name, variant in model.variants.items()]
         rows.append(("runs", str(model.runs)))
@@ -107,7 +117,9 @@ def _classes(model: InspectedModel) -> Table:
             groups.setdefault(size_class(weight.bytes), []).append(weight)
         for name, group in groups.items():
             total = sum(weight.bytes for weight in group)
-            output.add(made, dtype, name, str(len(group)), output.size(total), f"{total / (model.bytes or 1):.1%}")
+            output.add(
+                made, dtype, name, str(len(group)), output.size(total), f"{total / (model.bytes or 1):.1%}"
+            )
     return made
 
 
@@ -120,8 +132,8 @@ def _duplicates(model: InspectedModel) -> Table:
     made = output.table("*Equal weights", ">Copies", ">Each", ">Spared", title="Twice inside")
     for group in model.duplicates[:DUPLICATES_SHOWN]:
         spared = group[0].bytes * (len(group) - 1)
-        output.add(made, f"{group[0].name}, {group[1].name}" + (", ..." if len(group) > 2 else ""), str(len(group)),
-                   output.size(group[0].bytes), output.size(spared))  # fmt: skip
+        names = f"{group[0].name}, {group[1].name}" + (", ..." if len(group) > 2 else "")
+        output.add(made, names, str(len(group)), output.size(group[0].bytes), output.size(spared))
     if len(model.duplicates) > DUPLICATES_SHOWN:
         rest = model.duplicates[DUPLICATES_SHOWN:]
         spared = sum(group[0].bytes * (len(group) - 1) for group in rest)
@@ -130,9 +142,10 @@ def _duplicates(model: InspectedModel) -> Table:
 
 
 def _weights(model: InspectedModel) -> Table:
-    made = output.table("*Name", "Type", "*Shape", ">Bytes", "Digest", title=f"Weights of {model.path}")
+    made = output.table(">Bytes", "Type", "*Shape", "Digest", "*Name", title=f"Weights of {model.path}")
     for weight in model.weights:
-        output.add(made, weight.name, weight.dtype, output.shape(weight.shape), output.size(weight.bytes), weight.digest[:12])
+        shape, count = output.shape(weight.shape), output.size(weight.bytes)
+        output.add(made, count, weight.dtype, shape, weight.digest[:8], weight.name)
     return made
 
 
@@ -141,24 +154,31 @@ def _shared(found: Inspection) -> list[Any]:
     models = found.models
     parts: list[Any] = []
     if len(models) <= MATRIX_COLUMNS:
-        made = output.table("*Model", *(f">[{i + 1}]" for i in range(len(models))), title="Distinct bytes in both of two models")
+        made = output.table(
+            "*Model",
+            *(f">[{i + 1}]" for i in range(len(models))),
+            title="Distinct bytes in both of two models",
+        )
         for i, a in enumerate(models):
             cells = []
             for j, b in enumerate(models):
-                both = sum(a.distinct.values()) if i == j else shared.get((a.path, b.path), shared.get((b.path, a.path), 0))
+                both = (
+                    sum(a.distinct.values())
+                    if i == j
+                    else shared.get((a.path, b.path), shared.get((b.path, a.path), 0))
+                )
                 cells.append(output.size(both))
             output.add(made, f"[{i + 1}] {Path(a.path).name}", *cells)
     else:  # a matrix would not fit the screen: the pairs that share something
         made = output.table("*Model", "*Model", ">Both", title="Distinct bytes in both of two models")
-        for (a, b), both in sorted(shared.items(), key=lambda entry: -entry[1]):
+        for (first, second), both in sorted(shared.items(), key=lambda entry: -entry[1]):
             if both:
-                output.add(made, Path(a).name, Path(b).name, output.size(both))
+                output.add(made, Path(first).name, Path(second).name, output.size(both))
     parts.append(made)
     spared = found.bytes - found.distinct_bytes
-    parts.append(
-        f"Together {output.size(found.bytes)}; every distinct weight held once: {output.size(found.distinct_bytes)} "
-        f"({output.size(spared)} or {spared / (found.bytes or 1):.1%} less)."
-    )
+    share = f"{output.size(spared)} or {spared / (found.bytes or 1):.1%} less"
+    once = output.size(found.distinct_bytes)
+    parts.append(f"Together {output.size(found.bytes)}; every distinct weight held once: {once} ({share}).")
     return parts
 
 

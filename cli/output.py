@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document (bytes, seconds) instead of tables.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document (bytes, seconds) instead of tables.")
+]
 """The option that every command has."""
 
 
@@ -55,7 +58,7 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types: dataclasses and manifest parts become objects, what is not a finite number null."""
+    """`value` in JSON's types: dataclasses and manifest parts become objects, infinities and NaN null."""
     if isinstance(value, Enum):
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -74,7 +77,7 @@ def plain(value: Any) -> Any:
 
 
 def table(*columns: str, title: str = "") -> Table:
-    """A table without lines. A column whose name begins with `>` is right-aligned, one with `*` may be folded."""
+    """A table without lines. A column whose name begins with `>` is right-aligned, with `*` may be folded."""
     from rich.table import Table
 
     made = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", title=title or None,
@@ -116,10 +119,12 @@ def show(*parts: Table | str) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    for index, part in enumerate(parts):
-        if index:
-            console.print()
-        console.print(Text(part) if isinstance(part, str) else part)
+    with console.capture() as captured:
+        for index, part in enumerate(parts):
+            if index:
+                console.print()
+            console.print(Text(part) if isinstance(part, str) else part)
+    sys.stdout.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
 
 
 def bullets(title: str, lines: Sequence[str]) -> Table:
@@ -140,30 +145,12 @@ def bullets(title: str, lines: Sequence[str]) -> Table:
 def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with bytes and rate on stderr, while that is a terminal; yields what convert and export call.
 
-    Called as (what is going on, bytes done, bytes in all); each new name of what is going on starts a new bar.
+    Called as (what is going on, bytes done, bytes in all); each new name starts a new bar.
     """
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+    from glake_infer.cli.progress import Bars
 
-    bars = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def update(name: str, done: int, total: int) -> None:
-        if name not in tasks:
-            for old in tasks.values():
-                bars.update(old, visible=False)
-            tasks[name] = bars.add_task(f"{what} {name}".strip(), total=total)
-        bars.update(tasks[name], completed=done, total=total)
-
-    with bars:
+    with Bars(what) as update:
         yield update

@@ -29,45 +29,59 @@ class Sharing(StrEnum):
 @command
 def run(
     models: Annotated[
-        list[Path], typer.Argument(metavar="MODEL...", help="Packages (.glake) and ONNX models (.onnx).", show_default=False)
+        list[Path],
+        typer.Argument(
+            metavar="MODEL", help="Packages (.glake) and ONNX models (.onnx).", show_default=False
+        ),
     ],
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--input", metavar="[MODEL:]NAME=FILE", help="Feed an .npy or .npz file.", show_default=False),
+        typer.Option(
+            "--input", metavar="[MODEL:]NAME=FILE", help="Feed an .npy or .npz file.", show_default=False
+        ),
     ] = None,
     shapes: Annotated[
         list[str] | None,
-        typer.Option("--shape", metavar="[MODEL:]NAME=1,128", help="Shape of generated data.", show_default=False),
+        typer.Option(
+            "--shape", metavar="[MODEL:]NAME=1,128", help="Shape of generated data.", show_default=False
+        ),
     ] = None,
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Runs of each model.")] = 1,
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at once, over all models.")] = 1,
     sharing: Annotated[
-        Sharing, typer.Option(help="fast: weights as ONNX Runtime computes with them; lean: as they are stored.")
+        Sharing,
+        typer.Option(help="fast: weights as ONNX Runtime computes with them; lean: as they are stored."),
     ] = Sharing.FAST,
     limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most that the pool may hold, as 4GiB.", show_default=False)
+        str | None,
+        typer.Option(metavar="SIZE", help="Most that the pool may hold, as 4GiB.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to run.")] = "cpu",
     intra_op: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Threads inside one run. Default: one per core.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Threads inside one run. Default: one per core.", show_default=False
+        ),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the last outputs to DIR/MODEL.npz.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the last outputs to DIR/MODEL.npz.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seeds generated data.")] = 0,
     json: output.Json = False,
 ) -> None:
     """Load all models into one process and one pool, run them, and show where the memory is.
 
-    Inputs that no --input feeds are generated; axes without a size are 1 unless --shape says more. MODEL: before an
-    input's name is a model's name or number (1, 2, ...); without it every model with such an input is meant.
+    Inputs that no --input feeds are generated; axes without a size are 1 unless --shape says more. MODEL:
+    before an input's name is a model's name or number (1, 2, ...); without it every model with such an input
+    is meant.
 
-    An .onnx model is converted to a temporary package that is removed once it is loaded; its weights stay in the
-    store until the next `store gc`.
+    An .onnx model is converted to a temporary package that is removed once it is loaded; its weights stay in
+    the store until the next `store gc`.
     """
     from glake_infer.models import runner
 
-    with output.progress("converting") as progress:
+    with output.progress("") as progress:
         report = runner.run(
             models,
             inputs=inputs or (),
@@ -129,9 +143,17 @@ def _memory(memory: MemoryReport) -> Table:
         ("shared weights", memory.shared, "used by more than one model, held once"),
         ("own weights", memory.own, "used by one model"),
         ("private copies", memory.private, "made by sessions while they were built"),
-        ("activations", memory.activations, "in use now"),
+        (
+            "activations",
+            memory.activations,
+            f"in use now; {output.size(memory.peak_activations)} at the peak",
+        ),
         ("pool idle", memory.idle, "kept for the next run"),
-        ("pool", memory.reserved, f"peak {output.size(memory.peak_reserved)}, limit {output.size(memory.limit)}"),
+        (
+            "pool",
+            memory.reserved,
+            f"peak {output.size(memory.peak_reserved)}, limit {output.size(memory.limit)}",
+        ),
         ("process", memory.process.total, f"{output.size(memory.process.files)} of it mapped from files"),
     ]
     for name, count, remark in rows:

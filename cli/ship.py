@@ -17,29 +17,37 @@ def export(
     package: Annotated[Path, typer.Argument(metavar="X.glake", help="The package.", show_default=False)],
     folder: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Write an ordinary ONNX model with external data here.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write an ordinary ONNX model with external data here.",
+            show_default=False,
+        ),
     ] = None,
     archive: Annotated[
         Path | None,
-        typer.Option("--archive", metavar="FILE", help="Write one file for `glake-infer import`.", show_default=False),
+        typer.Option(
+            "--archive", metavar="FILE", help="Write one file for `glake-infer import`.", show_default=False
+        ),
     ] = None,
     json: output.Json = False,
 ) -> None:
     """Write a package as an ordinary ONNX model, or as one archive.
 
-    With -o, DIR/X.onnx and DIR/X.onnx.data hold real copies of everything, for any other ONNX tool. With --archive,
-    one self-contained FILE carries the package to another machine.
+    With -o, DIR/X.onnx and DIR/X.onnx.data hold real copies of everything, for any other ONNX tool. With
+    --archive, one self-contained FILE carries the package to another machine.
     """
-    import glake_infer as gi
+    from glake_infer.models import export as logic
 
     if (folder is None) == (archive is None):
-        fail("export needs either -o DIR (an ONNX model) or --archive FILE (for `glake-infer import`), one of them.")
+        fail("export needs one of -o DIR (an ONNX model) and --archive FILE (for `glake-infer import`).")
     with output.progress("exporting") as progress:
         if archive is not None:
-            report = gi.export_archive(package, archive, progress=progress)
+            report = logic.export_archive(package, archive, progress=progress)
         else:
             assert folder is not None
-            report = gi.export(package, folder, progress=progress)
+            report = logic.export(package, folder, progress=progress)
     if json:
         output.print_json(report)
     else:
@@ -48,10 +56,19 @@ def export(
 
 @command
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An archive made by `glake-infer export`.", show_default=False)],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="An archive made by `glake-infer export`.", show_default=False),
+    ],
     target: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="X.glake", help="The package. Default: the archive's name, in this folder.", show_default=False),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="X.glake",
+            help="The package. Default: the archive's name, in this folder.",
+            show_default=False,
+        ),
     ] = None,
     json: output.Json = False,
 ) -> None:
@@ -59,11 +76,11 @@ def import_(
 
     Every weight's digest is checked on the way; weights that the store holds already are not written again.
     """
-    import glake_infer as gi
+    from glake_infer.models.export import import_archive
 
     target = target or _default_target(file)
     with output.progress("importing") as progress:
-        manifest = gi.import_archive(file, target, progress=progress)
+        manifest = import_archive(file, target, progress=progress)
     distinct = manifest.distinct
     if json:
         output.print_json(
@@ -76,7 +93,10 @@ def import_(
             }
         )
     else:
-        output.show(f"{file} -> {target}: {len(manifest.weights)} weights, {output.size(sum(distinct.values()))} distinct")
+        output.show(
+            f"{file} -> {target}: {len(manifest.weights)} weights, "
+            f"{output.size(sum(distinct.values()))} distinct"
+        )
 
 
 def _default_target(file: Path) -> Path:

@@ -15,7 +15,12 @@ from glake_infer.cli.group import Group
 if TYPE_CHECKING:
     from rich.table import Table
 
-app = typer.Typer(cls=Group, help="Look after the store of weights ($GLAKE_STORE).", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group,
+    rich_markup_mode="markdown",
+    help="Look after the store of weights ($GLAKE_STORE).",
+    no_args_is_help=True,
+)
 
 
 @app.command("ls")
@@ -25,12 +30,18 @@ def ls(
     json: output.Json = False,
 ) -> None:
     """List the packages of the store and what they take."""
-    from glake_infer import Store
     from glake_infer.maintenance import ls as list_store
+    from glake_infer.store import Store
 
     listing = list_store(Store())
     if json:
-        output.print_json({**output.plain(listing), "bytes": listing.bytes, "unreferenced_bytes": listing.unreferenced_bytes})
+        output.print_json(
+            {
+                **output.plain(listing),
+                "bytes": listing.bytes,
+                "unreferenced_bytes": listing.unreferenced_bytes,
+            }
+        )
         return
     parts: list[Any] = []
     if listing.packages:
@@ -39,11 +50,13 @@ def ls(
             output.add(made, path, output.size(total))
         parts.append(made)
     if listing.missing_packages:
-        parts.append(output.bullets("Gone from where they were (the next gc forgets them)", listing.missing_packages))
+        parts.append(
+            output.bullets("Gone from where they were (the next gc forgets them)", listing.missing_packages)
+        )
     if objects and listing.objects:
         made = output.table("Digest", ">Bytes", ">Packages")
         for entry in sorted(listing.objects, key=lambda entry: -entry.bytes):
-            output.add(made, entry.digest, output.size(entry.bytes), str(len(entry.packages)))
+            output.add(made, entry.digest[:16], output.size(entry.bytes), str(len(entry.packages)))
         parts.append(made)
     rows = [
         ("store", listing.root),
@@ -65,12 +78,12 @@ def verify(
 ) -> None:
     """Read every object and compare its bytes with its name.
 
-    Exit code 2 if an object that a package needs is damaged or missing. Converting or importing that package again
-    restores it, once --remove has deleted what is damaged.
+    Exit code 2 if an object that a package needs is damaged or missing. Converting or importing that package
+    again restores it, once --remove has deleted what is damaged.
     """
-    from glake_infer import Store
     from glake_infer.maintenance import ls as list_store
     from glake_infer.maintenance import verify as verify_store
+    from glake_infer.store import Store
 
     store = Store()
     with output.progress("verifying") as show_progress:
@@ -115,24 +128,32 @@ def _hurt(title: str, objects: Mapping[str, Sequence[str]]) -> Table:
 @app.command("gc")
 @command
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Fail instead of waiting for converts and loads.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Fail instead of waiting for converts and loads.")
+    ] = False,
     json: output.Json = False,
 ) -> None:
     """Remove the objects that no package needs, and what killed processes left.
 
-    Waits for running converts and loads, so it never takes what they need. Models that are loaded already keep
-    their weights. A package that was moved to another folder must be seen there once (`glake-infer inspect`) before.
+    Waits for running converts and loads, so it never takes what they need. Models that are loaded already
+    keep their weights. A package that was moved to another folder must be seen there once before, by
+    `glake-infer inspect`.
     """
-    from glake_infer import Store
     from glake_infer.maintenance import gc as collect
+    from glake_infer.store import Store
 
     report = collect(Store(), dry_run=dry_run, wait=not no_wait)
     if json:
         output.print_json(report)
         return
     rows = [
-        ("would remove" if dry_run else "removed", f"{report.objects} objects of {output.size(report.bytes)}"),
+        (
+            "would remove" if dry_run else "removed",
+            f"{report.objects} objects of {output.size(report.bytes)}",
+        ),
         ("kept", f"{report.kept_objects} objects of {output.size(report.kept_bytes)}"),
         ("prepared graphs", f"{report.prepared} of packages that are gone"),
         ("left by killed processes", str(report.temporary)),
@@ -141,7 +162,9 @@ def gc(
     if report.vanished:
         parts.append(output.bullets("Packages that are gone", report.vanished))
     if report.moved:
-        parts.append(output.bullets("Packages that were renamed", [f"{a} -> {b}" for a, b in report.moved.items()]))
+        parts.append(
+            output.bullets("Packages that were renamed", [f"{a} -> {b}" for a, b in report.moved.items()])
+        )
     output.show(*parts)
 
 

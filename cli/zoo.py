@@ -22,23 +22,44 @@ class Dtype(StrEnum):
 
 @command
 def zoo(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A model of the zoo.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A model of the zoo.", show_default=False)
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="X.onnx, or X.glake for a package. Default: NAME.onnx.", show_default=False
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="X.onnx, or X.glake for a package. Default: NAME.onnx.",
+            show_default=False,
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the models.")] = False,
-    head: Annotated[str, typer.Option(metavar="NAME", help="Seeds the head's weights; `none` leaves the head out.")] = "cls",
-    labels: Annotated[int | None, typer.Option(metavar="N", help="Outputs of the head.", show_default=False)] = None,
+    head: Annotated[
+        str, typer.Option(metavar="NAME", help="Seeds the head's weights; `none` leaves the head out.")
+    ] = "cls",
+    labels: Annotated[
+        int | None, typer.Option(metavar="N", help="Outputs of the head.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seeds all weights.")] = 0,
-    variant: Annotated[int, typer.Option(metavar="N", help="Which of the trunk's weights --changed draws anew.")] = 0,
-    changed: Annotated[float, typer.Option(metavar="SHARE", help="Share of the trunk's bytes that differ, 0 to 1.")] = 0.0,
-    dtype: Annotated[Dtype | None, typer.Option(help="Element type. Default: by the name.", show_default=False)] = None,
+    variant: Annotated[
+        int, typer.Option(metavar="N", help="Which of the trunk's weights --changed draws anew.")
+    ] = 0,
+    changed: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the trunk's bytes that differ, 0 to 1.")
+    ] = 0.0,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Element type. Default: by the name.", show_default=False)
+    ] = None,
     sizes: Annotated[
         list[str] | None,
-        typer.Option("--size", metavar="KEY=N", help="Another size than the named model's, as layers=6.", show_default=False),
+        typer.Option(
+            "--size",
+            metavar="KEY=N",
+            help="Another size than the named model's, as layers=6.",
+            show_default=False,
+        ),
     ] = None,
     json: output.Json = False,
 ) -> None:
@@ -54,7 +75,9 @@ def zoo(
             fail("which model shall be written? `glake-infer zoo --list` shows their names.")
         entries = zoo.names()
         if json:
-            output.print_json([{"name": e.name, "description": e.description, "bytes": e.bytes} for e in entries])
+            output.print_json(
+                [{"name": e.name, "description": e.description, "bytes": e.bytes} for e in entries]
+            )
             return
         made = output.table("Name", "*Description", ">Weights")
         for entry in entries:
@@ -80,7 +103,11 @@ def zoo(
             path = zoo.write(spec, target, progress=lambda done, total: progress(target.name, done, total))
             external = zoo.build(spec).weights.total_bytes >= zoo.INLINE_LIMIT
             files = [path, path.with_name(f"{path.stem}.onnx.data")] if external else [path]
-            written = {"path": str(path), "files": [str(f) for f in files], "bytes": sum(f.stat().st_size for f in files)}
+            written = {
+                "path": str(path),
+                "files": [str(f) for f in files],
+                "bytes": sum(f.stat().st_size for f in files),
+            }
     if json:
         output.print_json(written)
     elif target.suffix == ".glake":

@@ -86,8 +86,10 @@ def write_file(path: Path, data: Buffer) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 class ObjectFolder:
@@ -248,15 +250,25 @@ class Store:
 
     @contextlib.contextmanager
     def writing(self, folder: Path) -> Iterator[None]:
-        """Announce that `folder` (temporary, anywhere) is being written, so that gc finds it after a kill."""
+        """Announce that `folder` (temporary, anywhere) is being written, so that gc finds it after a kill.
+
+        A store that this user may only read cannot be told; exporting from it works all the same.
+        """
+        note = self.pending / f"{uuid.uuid4().hex}.json"
+        told = True
         with storage_errors("preparing to write", self.root):
-            self.pending.mkdir(parents=True, exist_ok=True)
-            note = self.pending / f"{uuid.uuid4().hex}.json"
-            write_file(note, json.dumps({"path": str(folder)}).encode())
+            try:
+                self.pending.mkdir(parents=True, exist_ok=True)
+                write_file(note, json.dumps({"path": str(folder)}).encode())
+            except OSError as error:
+                if error.errno not in READ_ONLY:
+                    raise
+                told = False
         try:
             yield
         finally:
-            note.unlink(missing_ok=True)
+            if told:
+                note.unlink(missing_ok=True)
 
     def register(self, path: Path, identity: str, digests: Iterable[str]) -> None:
         """Remember that the package at `path` needs these objects. Idempotent; the last word on a path wins."""

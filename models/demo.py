@@ -1,13 +1,15 @@
 """The demo: four fine-tunes of one trunk, together on one pool, beside plain ONNX Runtime on the same models.
 
 Each side runs in a process of its own, so that its memory is its own. The processes take turns request by
-request: both meet the same machine, and the ratio of each pair is free of what else goes on. One side of ours
-runs at a time, beside the plain one: the processes would otherwise share the store's pages, and each count half.
+request: both meet the same machine, and the ratio of each pair is free of what else goes on. One
+side of ours runs at a time, beside the plain one: the processes would otherwise share the store's pages, and
+each count half.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -45,8 +47,8 @@ class Scale:
     model: str = "bert-base"
     layers: int = 6
     length: int = 64
-    rounds: int = 12
-    warmup: int = 2
+    rounds: int = 8
+    warmup: int = 1
     feeds: int = 3
 
 
@@ -57,7 +59,7 @@ class Side:
     name: str
     """"plain", "fast" or "lean"."""
     memory: int
-    """PSS and unmapped memfd bytes after all runs, less what the same process had before loading."""
+    """After all runs, less what the same process had before loading: see glake_infer/process_memory.py."""
     baseline: int
     load: float
     latency: float
@@ -88,11 +90,16 @@ class DemoReport:
     seconds: float
 
 
-def demo(*, keep: str | os.PathLike[str] | None = None, scale: Scale | None = None, progress: Progress | None = None) -> DemoReport:
+def demo(
+    *,
+    keep: str | os.PathLike[str] | None = None,
+    scale: Scale | None = None,
+    progress: Progress | None = None,
+) -> DemoReport:
     """Build, convert, run and compare; leaves nothing behind unless `keep` names a folder for it.
 
-    Raises MissingDependencyError without ONNX Runtime, StorageFullError where the disk is too small, InputError
-    where `keep` is not a new or empty folder.
+    Raises MissingDependencyError without ONNX Runtime, StorageFullError where the disk is too small,
+    InputError where `keep` is not a new or empty folder.
     """
     import_onnxruntime()
     start = time.perf_counter()
@@ -100,37 +107,32 @@ def demo(*, keep: str | os.PathLike[str] | None = None, scale: Scale | None = No
     progress = progress or (lambda *_: None)
     with _folder(keep, scale) as folder:
         store = Store(folder / "store")
-        sources, packages, stored = [], [], []
-        names: dict[str, int] = {}
-        total = 0
+        sources, reports = [], []
         for head, labels in HEADS.items():
             spec = zoo.spec(scale.model, layers=scale.layers, head=head, labels=labels)
-            sources.append(
-                zoo.write(spec, folder / f"{head}.onnx", progress=lambda d, t, h=head: progress(f"building {h}", d, t))
+            written = zoo.write(
+                spec, folder / f"{head}.onnx", progress=functools.partial(progress, f"building {head}")
             )
-            report = convert(
-                sources[-1],
-                folder / f"{head}.glake",
-                store=store,
-                progress=lambda _, d, t, h=head: progress(f"converting {h}", d, t),
-            )
-            packages.append(report.package)
-            stored.append(report.new_bytes)
-            total += report.weight_bytes
-            names[head] = labels
+            sources.append(str(written))
+            step = functools.partial(_renamed, progress, f"converting {head}")
+            reports.append(convert(written, folder / f"{head}.glake", store=store, progress=step))
         feeds = folder / "feeds.npz"
         _write_feeds(feeds, spec, scale)
-        sides = _compare(store, [str(path) for path in sources], packages, feeds, scale, progress)
+        sides = _compare(store, sources, [report.package for report in reports], feeds, scale, progress)
         return DemoReport(
             models=tuple(HEADS),
-            weight_bytes=total,
-            distinct_bytes=sum(stored),
-            stored=tuple(stored),
+            weight_bytes=sum(report.weight_bytes for report in reports),
+            distinct_bytes=sum(report.new_bytes for report in reports),
+            stored=tuple(report.new_bytes for report in reports),
             sides=sides,
             runs=scale.rounds,
             folder=str(folder) if keep is not None else None,
             seconds=time.perf_counter() - start,
         )
+
+
+def _renamed(progress: Progress, name: str, _: str, done: int, total: int) -> None:
+    progress(name, done, total)
 
 
 def _compare(
@@ -146,7 +148,16 @@ def _compare(
                 ours.append(_take_turns(plain, child, scale, times, progress))
                 child.ask("close")
         memory, pool = plain.measure()
-        first = Side("plain", memory - plain.baseline, plain.baseline, plain.seconds, statistics.median(times), 1.0, 0.0, pool)
+        first = Side(
+            "plain",
+            memory - plain.baseline,
+            plain.baseline,
+            plain.seconds,
+            statistics.median(times),
+            1.0,
+            0.0,
+            pool,
+        )
         plain.ask("close")
     return (first, *ours)
 
@@ -222,7 +233,9 @@ class Child:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise GlakeError(f"the demo's {self.role} process ended with code {self._process.wait()}; see its message above.")
+            raise GlakeError(
+                f"the {self.role} process ended with code {self._process.wait()}; see its message above."
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise GlakeError(f"the demo's {self.role} process failed: {answer['error']}")
@@ -265,7 +278,9 @@ def _folder(keep: str | os.PathLike[str] | None, scale: Scale) -> Iterator[Path]
         yield folder
         return
     places = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.home()]
-    place = next((p for p in places if p.is_dir() and os.access(p, os.W_OK) and _free(p) >= needed), places[0])
+    place = next(
+        (p for p in places if p.is_dir() and os.access(p, os.W_OK) and _free(p) >= needed), places[0]
+    )
     _check_room(place, needed)
     with tempfile.TemporaryDirectory(prefix="glake-demo-", dir=place) as temporary:
         yield Path(temporary)
@@ -274,8 +289,8 @@ def _folder(keep: str | os.PathLike[str] | None, scale: Scale) -> Iterator[Path]
 def _check_room(folder: Path, needed: int) -> None:
     if _free(folder) < needed:
         raise StorageFullError(
-            f"the demo writes about {format_bytes(needed)}, and {folder} has {format_bytes(_free(folder))} free. "
-            f"Free some space, or point TMPDIR or --keep to another disk."
+            f"the demo writes about {format_bytes(needed)}, and {folder} has {format_bytes(_free(folder))} "
+            f"free. Free some space, or point TMPDIR or --keep to another disk."
         )
 
 

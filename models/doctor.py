@@ -79,7 +79,7 @@ class DoctorReport:
 
 
 def examine() -> DoctorReport:
-    """Look at this machine. Writes nothing but a temporary folder beside the store, which is removed again."""
+    """Look at this machine. Writes nothing but a temporary folder at the store, which is removed again."""
     versions = {name: _version(name) for name in PACKAGES}
     providers = _providers()
     gpus, gpu_note = find_gpus()
@@ -90,7 +90,10 @@ def examine() -> DoctorReport:
         packages=(
             PackageVersion("python", platform.python_version(), platform.platform(terse=True)),
             PackageVersion("glake-infer", __version__),
-            *(PackageVersion(n, v, ", ".join(providers) if v and n.startswith("onnxruntime") else "") for n, v in versions.items()),
+            *(
+                PackageVersion(n, v, ", ".join(providers) if v and n.startswith("onnxruntime") else "")
+                for n, v in versions.items()
+            ),
         ),
         providers=providers,
         cpu=_cpu_model(),
@@ -121,8 +124,7 @@ def _providers() -> tuple[str, ...]:
     if found is None or found.origin is None:
         return ()
     providers = ["CPUExecutionProvider"]
-    spelled = {"cuda": "CUDA", "tensorrt": "Tensorrt", "nv_tensorrt_rtx": "NvTensorRTRTX", "openvino": "OpenVINO",
-               "rocm": "ROCM", "migraphx": "MIGraphX"}  # fmt: skip
+    spelled = {"cuda": "CUDA", "tensorrt": "Tensorrt", "nv_tensorrt_rtx": "NvTensorRTRTX"}
     for file in sorted((Path(found.origin).parent / "capi").glob("libonnxruntime_providers_*.so")):
         kind = file.name.removeprefix("libonnxruntime_providers_").removesuffix(".so")
         if kind != "shared":
@@ -155,7 +157,10 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str]:
     except OSError:
         seen = tuple(Gpu(index, name) for index, name in enumerate(_kernel_gpus()))
         if seen:
-            return seen, "the kernel's driver sees the GPU, but libcuda.so.1 cannot be loaded: install the driver's user-space part"
+            return (
+                seen,
+                "the kernel sees the GPU, but libcuda.so.1 is missing: install the driver's libraries",
+            )
         return (), "none (no NVIDIA driver: libcuda.so.1 cannot be loaded)"
     if code := cuda.cuInit(0):
         return (), f"none (libcuda.so.1 is there, but cuInit failed with error {code})"
@@ -163,7 +168,9 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str]:
     cuda.cuDeviceGetCount(ctypes.byref(count))
     cuda.cuDriverGetVersion(ctypes.byref(version))
     note = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    return tuple(_ask(cuda, index) for index in range(count.value)), note if count.value else f"none (driver for {note})"
+    return tuple(
+        _ask(cuda, index) for index in range(count.value)
+    ), note if count.value else f"none (driver for {note})"
 
 
 def _ask(cuda: ctypes.CDLL, index: int) -> Gpu:
@@ -186,14 +193,25 @@ def _kernel_gpus() -> Iterator[str]:
 
 
 def _checks(store: Path) -> Iterator[Check]:
-    yield _tried("native core", _try_native, "the C++ core loads", "Install glake-infer again: `pip install --force-reinstall glake-infer`.")
-    yield _tried("memfd", _try_memfd, "pools on the CPU: real stitching", "Linux 3.17 or newer is needed, and no sandbox that forbids it.")
+    yield _tried(
+        "native core",
+        _try_native,
+        "the C++ core loads",
+        "Install glake-infer again: `pip install --force-reinstall glake-infer`.",
+    )
+    yield _tried(
+        "memfd",
+        _try_memfd,
+        "pools on the CPU: real stitching",
+        "Linux 3.17 or newer is needed, and no sandbox that forbids it.",
+    )
     yield from _check_files(store)
     mappings = _number("/proc/sys/vm/max_map_count")
     yield Check(
         "max_map_count",
         mappings is None or mappings >= NEEDED_MAPPINGS,
-        f"{mappings} mappings per process (one for each weight and each chunk); raise it with `sysctl vm.max_map_count=262144`"
+        f"{mappings} mappings per process (one for each weight and each chunk); raise it with "
+        "`sysctl vm.max_map_count=262144`"
         if mappings is not None and mappings < NEEDED_MAPPINGS
         else f"{mappings} mappings per process",
     )
@@ -201,7 +219,11 @@ def _checks(store: Path) -> Iterator[Check]:
     locked = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
     yield Check("locked memory", True, f"limit {locked} (nothing here locks memory on the CPU)")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield Check("open files", files >= 256, f"limit {files}" + ("" if files >= 256 else "; raise it with `ulimit -n 1024`"))
+    yield Check(
+        "open files",
+        files >= 256,
+        f"limit {files}" + ("" if files >= 256 else "; raise it with `ulimit -n 1024`"),
+    )
 
 
 def _try_native() -> None:
@@ -226,7 +248,9 @@ def _check_files(store: Path) -> Iterator[Check]:
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".glake-doctor-", dir=where)
     except OSError as error:
-        yield Check("store", False, f"{where}: {error.strerror}. Make it writable, or point GLAKE_STORE elsewhere.")
+        yield Check(
+            "store", False, f"{where}: {error.strerror}. Make it writable, or point GLAKE_STORE elsewhere."
+        )
         return
     with scratch as folder:
         yield Check("store", True, "writable" if where == store else f"will be made below {where}")
@@ -268,7 +292,8 @@ def _warnings(versions: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Iterato
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         yield (
             "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files. Keep one: "
-            "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'glake-infer[cpu]'` or 'glake-infer[cuda]'."
+            "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install 'glake-infer[cpu]'` "
+            "or `pip install 'glake-infer[cuda]'`."
         )
     if gpus and versions["onnxruntime"] and not versions["onnxruntime-gpu"]:
         yield "there is a GPU, but the ONNX Runtime installed here is the one for the CPU."
@@ -279,8 +304,8 @@ def _advice(versions: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Iterator[
         extra = "cuda" if gpus else "cpu"
         yield f"to run models: pip install 'glake-infer[{extra}]'"
     elif gpus and not versions["onnxruntime-gpu"]:
-        yield "for ONNX Runtime on the GPU: pip uninstall -y onnxruntime, then pip install 'glake-infer[cuda]'"
+        yield "to run on the GPU: pip uninstall -y onnxruntime, then pip install 'glake-infer[cuda]'"
     if gpus and not versions["tensorrt"]:
         yield "for TensorRT: pip install 'glake-infer[tensorrt]'"
     if not versions["tensorrt-rtx"]:
-        yield "to build TensorRT-RTX engines (no GPU needed for that): pip install 'glake-infer[tensorrt-rtx]'"
+        yield "to build TensorRT-RTX engines (needs no GPU): pip install 'glake-infer[tensorrt-rtx]'"

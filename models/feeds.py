@@ -42,14 +42,20 @@ def parse_overrides(texts: Sequence[str], names: Sequence[str]) -> list[Override
         model, rest = _split_model(left if equals else file, names)
         if not equals:
             if not rest.endswith(".npz"):
-                raise InputError(f"--input {text}: expected [MODEL:]NAME=FILE.npy, or an .npz file with arrays by input names.")
+                raise InputError(
+                    f"--input {text}: expected [MODEL:]NAME=FILE.npy, or an .npz file of arrays by name."
+                )
             arrays = _read(text, Path(rest))
-            found += [Override(f"--input {text} ({name})", model, name, array) for name, array in arrays.items()]
+            found += [
+                Override(f"--input {text} ({name})", model, name, array) for name, array in arrays.items()
+            ]
             continue
         arrays = _read(text, Path(file))
         if len(arrays) > 1 and rest not in arrays:
             raise InputError(f"--input {text}: the file has no array {rest!r}; it has {', '.join(arrays)}.")
-        found.append(Override(f"--input {text}", model, rest, arrays.get(rest, next(iter(arrays.values()), None))))
+        found.append(
+            Override(f"--input {text}", model, rest, arrays.get(rest, next(iter(arrays.values()), None)))
+        )
     return found
 
 
@@ -64,7 +70,9 @@ def parse_shapes(texts: Sequence[str], names: Sequence[str]) -> list[Override]:
         except ValueError:
             equals = ""
         if not equals or not name or any(size < 0 for size in shape):
-            raise InputError(f"--shape {text}: expected [MODEL:]NAME=N,N,... with sizes of 0 and more, as input_ids=1,128.")
+            raise InputError(
+                f"--shape {text}: expected [MODEL:]NAME=N,N,... with sizes of 0 and more, as input_ids=1,128."
+            )
         found.append(Override(f"--shape {text}", model, name, shape))
     return found
 
@@ -77,8 +85,10 @@ def feeds_of(
     shapes: Sequence[Override],
     rng: np.random.Generator,
     used: set[int],
-) -> dict[str, Any]:
-    """Make one model's feeds; `used` collects the ids of the texts that meant this model.
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Make one model's feeds; returns them and the names of those that were generated.
+
+    `used` collects the ids of the texts that meant this model.
 
     Sizes of symbolic axes follow from what is given: where `input_ids [batch, length]` has the shape 1,128,
     a generated `attention_mask [batch, past + length]` gets 1,129: undeclared sizes are 1, and sums are sums.
@@ -102,7 +112,7 @@ def feeds_of(
         if shape is None and value.shape is not None:
             shape = tuple(axis if isinstance(axis, int) else _size(axis, symbols) for axis in value.shape)
         feeds[value.name] = generate(value, shape, rng)
-    return feeds
+    return feeds, tuple(value.name for value in inputs if value.name not in arrays)
 
 
 def _size(axis: str | None, symbols: Mapping[str, int]) -> int:
@@ -145,5 +155,6 @@ def _read(text: str, path: Path) -> dict[str, Any]:
             return {name: content[name] for name in content.files}
     except (ValueError, EOFError, BadZipFile) as error:
         raise InputError(
-            f"--input {text}: {path} is not an .npy or .npz file of plain arrays ({error}). Write it with numpy.save or numpy.savez."
+            f"--input {text}: {path} is not an .npy or .npz file of plain arrays ({error}). "
+            f"Write it with numpy.save or numpy.savez."
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from glake_infer.allocators.errors import InputError
+from glake_infer.allocators.errors import InputError, ModelError
 from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class OutputSummary:
-    """One output of the last run. Statistics are None where they make no sense (no numbers, or none at all)."""
+    """One output of the last run. Statistics are None where there are no numbers."""
 
     name: str
     dtype: str
@@ -62,7 +62,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Where the memory is after the runs, in bytes: what the pool holds, and what the operating system counts."""
+    """Where the memory is after the runs, in bytes."""
 
     shared: int
     """Weights that more than one model uses, held once."""
@@ -72,6 +72,8 @@ class MemoryReport:
     """Copies that sessions made for themselves when they were built."""
     activations: int
     """What else the pool has handed out: activations and outputs that are still held."""
+    peak_activations: int
+    """The most that they were."""
     idle: int
     """Kept by the pool for the next request."""
     reserved: int
@@ -100,6 +102,7 @@ class _Loaded:
     model: Model
     seconds: float
     feeds: dict[str, Any] = field(default_factory=dict)
+    generated: tuple[str, ...] = ()
     times: list[float] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -175,11 +178,17 @@ def _load_all(
     progress: Progress | None,
 ) -> list[_Loaded]:
     loaded = []
-    for name, path in zip(names, paths, strict=True):
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
         with as_package(path, store, progress) as package:
+            if progress:
+                progress("loading", number, len(paths))
             start = time.perf_counter()
-            model = stack.enter_context(load(package, pool, sharing=sharing, threads=intra_op, configure=_quieten, store=store))
+            model = stack.enter_context(
+                load(package, pool, sharing=sharing, threads=intra_op, configure=_quieten, store=store)
+            )
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
+    if progress:
+        progress("loading", len(paths), len(paths))
     return loaded
 
 
@@ -195,7 +204,7 @@ def as_package(path: Path, store: Store, progress: Progress | None = None) -> It
     The folder is only needed while the model is loaded. The weights stay in the store until the next gc, so
     that converting the same model again writes nothing.
     """
-    if path.is_dir() or not path.exists() and path.suffix == SUFFIX:
+    if path.is_dir() or (path.suffix == SUFFIX and not path.exists()):
         yield path
         return
     with store.using():
@@ -203,13 +212,18 @@ def as_package(path: Path, store: Store, progress: Progress | None = None) -> It
         package = folder / f"{path.stem}{SUFFIX}"
         try:
             with store.writing(folder):
-                convert(path, package, store=store, progress=progress)
+                convert(path, package, store=store, progress=_said(progress, f"converting {path.name}"))
                 yield package
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             for record in list(store.records()):
                 if record.path == package.absolute():
                     record.file.unlink(missing_ok=True)
+
+
+def _said(progress: Progress | None, what: str) -> Progress | None:
+    """`progress`, told `what` instead of its caller's word for it."""
+    return progress and (lambda _, done, total: progress(what, done, total))
 
 
 def _feed_all(
@@ -219,7 +233,9 @@ def _feed_all(
     for entry in loaded:
         rng = np.random.default_rng(seed)
         known = [*entry.model.inputs, *entry.model.overridable]
-        entry.feeds = feeds_of(entry.name, entry.model.inputs, known, overrides, shapes, rng, used)
+        entry.feeds, entry.generated = feeds_of(
+            entry.name, entry.model.inputs, known, overrides, shapes, rng, used
+        )
     for item in (*overrides, *shapes):
         if id(item) not in used:
             inputs = "; ".join(f"{e.name}: {', '.join(map(str, e.model.inputs)) or 'none'}" for e in loaded)
@@ -264,7 +280,16 @@ def _run_all(loaded: Sequence[_Loaded], repeat: int, threads: int) -> None:
 
 def _run_once(entry: _Loaded) -> None:
     start = time.perf_counter()
-    results = entry.model.run(entry.feeds)
+    try:
+        results = entry.model.run(entry.feeds)
+    except ModelError as error:
+        if not entry.generated:
+            raise
+        fed = ", ".join(f"{name}{list(np.shape(entry.feeds[name]))}" for name in entry.generated)
+        raise ModelError(
+            f"{error} Maybe the generated data ({fed}) does not suit the model: give other sizes with --shape, "
+            f"or real data with --input."
+        ) from error
     entry.times.append(time.perf_counter() - start)
     entry.results = results
 
@@ -294,7 +319,9 @@ def summary(name: str, value: Any) -> OutputSummary:
     if value.size and value.dtype.kind not in "OUSc":
         wide = value.astype(np.float64)
         mean, least, largest = float(wide.mean()), float(wide.min()), float(wide.max())
-    return OutputSummary(name, "string" if value.dtype.kind in "OU" else str(value.dtype), value.shape, mean, least, largest)
+    return OutputSummary(
+        name, "string" if value.dtype.kind in "OU" else str(value.dtype), value.shape, mean, least, largest
+    )
 
 
 def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
@@ -304,11 +331,13 @@ def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
     shared = sum(size for size, users in resident.values() if len(users) > 1)
     own = sum(size for size, users in resident.values() if len(users) == 1)
     private = sum(model.memory.private for model in models)
+    weights = shared + own + private
     return MemoryReport(
         shared=shared,
         own=own,
         private=private,
-        activations=max(0, stats.active - shared - own - private),
+        activations=max(0, stats.active - weights),
+        peak_activations=max(0, stats.peak_active - weights),
         idle=stats.idle,
         reserved=stats.reserved,
         peak_reserved=stats.peak_reserved,
@@ -326,10 +355,14 @@ def _save_all(loaded: Sequence[_Loaded], folder: Path) -> None:
 def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write what is an array of numbers to `path`, all or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    kept = {name: value for name, value in arrays.items() if isinstance(value, np.ndarray) and value.dtype.kind != "O"}
+    kept = {
+        name: value
+        for name, value in arrays.items()
+        if isinstance(value, np.ndarray) and value.dtype.kind != "O"
+    }
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **kept)
+            np.savez(file, **kept)  # type: ignore[arg-type]  # numpy's stub takes a keyword for allow_pickle
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

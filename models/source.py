@@ -11,10 +11,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 from onnx import ModelProto, TensorProto, defs
 
 from glake_infer.allocators.errors import ModelError
@@ -23,6 +24,7 @@ from glake_infer.models.graph import all_nodes, external_entries, inline_bytes, 
 
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 MAXIMUM_PROTOBUF = (1 << 31) - 1
+_NAMES_AND_PARTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE)
 
 
 class ModelSource(Protocol):
@@ -170,7 +172,30 @@ def _parse(path: Path) -> ModelProto:
         raise ModelError(f"{path} holds no graph: it is not an ONNX model, or it is truncated. Copy or download it again.")
     if not model.opset_import:
         raise ModelError(f"{path} declares no opset: it is not an ONNX model, or it is damaged. Export it again.")
+    _check_text(model, path)
     return model
+
+
+def _check_text(model: ModelProto, path: Path) -> None:
+    """Raise ModelError where a name is not UTF-8: protobuf hands it out as bytes, and nothing else could name it."""
+    pending: list[Message] = [model]
+    while pending:
+        message = pending.pop()
+        if isinstance(message, TensorProto):  # not through ListFields, which would copy the weight
+            fields: list[tuple[str, Any]] = [("name", message.name), ("external_data", message.external_data)]
+        else:
+            fields = [(field.name, value) for field, value in message.ListFields() if field.type in _NAMES_AND_PARTS]
+        for name, value in fields:
+            if name in ("doc_string", "metadata_props"):
+                continue
+            for part in [value] if isinstance(value, (str, bytes, Message)) else value:
+                if isinstance(part, Message):
+                    pending.append(part)
+                elif isinstance(part, bytes):
+                    raise ModelError(
+                        f"{path} holds the text {part[:80]!r} ({name}), which is not UTF-8: the model is damaged. Copy or "
+                        f"download it again."
+                    )
 
 
 def check_operators(model: ModelProto, path: Path) -> None:
@@ -203,7 +228,7 @@ def check_operators(model: ModelProto, path: Path) -> None:
                         f"{path} uses {where} with {len(node.input)} inputs and {len(node.output)} outputs; it has at least "
                         f"{schema.min_input} and {schema.min_output}. The model is damaged; export it again."
                     )
-            elif (domain, node.op_type) not in runtime:
+            elif runtime.get((domain, node.op_type), declared + 1) > declared:
                 raise ModelError(
                     f"{path} uses the unknown {where}: opset {declared} of the domain {domain or 'ai.onnx'!r} has no such operator. "
                     f"Check the spelling, or export the model with another opset."
@@ -225,10 +250,14 @@ def _canonical(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
-def _runtime_operators() -> set[tuple[str, str]]:
-    """(domain, operator) of the installed ONNX Runtime; empty where none is installed."""
+def _runtime_operators() -> dict[tuple[str, str], int]:
+    """(domain, operator) of the installed ONNX Runtime -> its first opset; empty where none is installed."""
     try:
         from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
     except ImportError:
-        return set()
-    return {(_canonical(schema.domain), schema.name) for schema in get_all_operator_schema()}
+        return {}
+    first: dict[tuple[str, str], int] = {}
+    for schema in get_all_operator_schema():
+        name = (_canonical(schema.domain), schema.name)
+        first[name] = min(first.get(name, schema.since_version), schema.since_version)
+    return first

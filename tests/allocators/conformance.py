@@ -80,8 +80,10 @@ class AllocatorConformance:
 
     @pytest.mark.parametrize(
         "size",
-        [1, 2, 63, 64, 65, 255, 256, 257, 1000, 1024, 1025, 4095, 4097, 65535, 65537, MiB - 1, MiB, MiB + 1]
-        + [3 * MiB + 7, 10_000_019, 64 * MiB, 100 * MiB + 1],
+        [
+            *(1, 2, 63, 64, 65, 255, 256, 257, 1000, 1024, 1025, 4095, 4097, 65535, 65537),
+            *(MiB - 1, MiB, MiB + 1, 3 * MiB + 7, 10_000_019, 64 * MiB, 100 * MiB + 1),
+        ],
     )
     def test_all_bytes_can_be_used_and_are_aligned(self, allocator, size):
         addresses = [allocator.allocate(size) for _ in range(2)]
@@ -114,7 +116,7 @@ class AllocatorConformance:
 
     def test_out_of_memory_is_recovered_from(self, allocator):
         blocks = []
-        with pytest.raises(allocator.out_of_memory):
+        with pytest.raises(allocator.out_of_memory):  # noqa: PT012
             while True:
                 blocks.append(allocator.allocate(16 * MiB))
         assert len(blocks) == LIMIT // (16 * MiB)

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from conformance import LIMIT, Allocator, AllocatorConformance, KiB, MiB, fill, holds, random_size
+
 from glake_infer.allocators import DriverError, InvalidPointerError, OutOfMemoryError, PoolInUseError, _native
 
 GRANULE = 64 * KiB

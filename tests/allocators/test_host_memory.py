@@ -10,6 +10,8 @@ import textwrap
 
 import pytest
 from conformance import KiB, MiB, fill, holds
+from memory import Physical, file_of_bytes, memfds, smaps
+
 from glake_infer.allocators import (
     DriverError,
     ForkedProcessError,
@@ -17,7 +19,6 @@ from glake_infer.allocators import (
     OutOfMemoryError,
     _native,
 )
-from memory import Physical, file_of_bytes, memfds, smaps
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from conformance import KiB, MiB
+
 from glake_infer.allocators import _native
 
 GRANULE = 64 * KiB
@@ -32,7 +35,7 @@ def test_the_classes_waste_less_than_a_third_and_keep_alignment(pool):
     # The distance of two objects of one slab is the size of its class.
     for size in [*range(1, 3000, 7), *range(3000, 16_000, 333)]:
         addresses = sorted(pool.allocate(size) for _ in range(3))
-        gaps = {b - a for a, b in zip(addresses, addresses[1:], strict=False)}
+        gaps = {b - a for a, b in itertools.pairwise(addresses)}
         object_bytes = min(gaps)
         assert object_bytes >= size
         assert object_bytes - size < max(64, 256 if size > 256 else 0, size / 4 + 1)

@@ -69,7 +69,7 @@ def test_no_sum_leaves_the_range_of_fp16():
 def test_a_product_with_other_users_stays():
     proto = building.quantized()
     proto.graph.node.append(building.node("ReduceSum", ["real"], ["sum"]))
-    proto.graph.output.append(onnx.helper.make_tensor_value_info("sum", TensorProto.FLOAT, None))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("sum", TensorProto.FLOAT, [1, 1]))
     lean, report = guarded(proto)
     assert report.rewritten == 0
     close(proto, lean, building.feeds_for(proto))
