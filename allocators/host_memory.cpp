@@ -156,8 +156,11 @@ void HostMemory::do_map(Address address, ChunkHandle handle) {
 }
 
 void HostMemory::do_unmap(Address address, std::size_t bytes) noexcept {
+  // Where the process has as many mappings as it may, the kernel refuses even this. Then the range stays mapped
+  // until release(), which takes mappings away and adds none.
   if (mmap(to_pointer(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
-      MAP_FAILED) {
+          MAP_FAILED &&
+      errno != ENOMEM) {
     report("unmapping", bytes);
   }
 }

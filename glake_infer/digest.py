@@ -50,7 +50,7 @@ def pieces_of(fd: int, offset: int, length: int) -> Iterator[memoryview]:
 
 
 def digest_of_range(fd: int, offset: int, length: int, progress: Progress | None = None) -> tuple[str, int]:
-    """Digest of `length` bytes of `fd` from `offset`, and how many bytes there were (fewer at the file's end).
+    """Digest of `length` bytes of `fd` from `offset`, and how many there were (fewer at its end).
 
     `progress` is called with the bytes of each piece.
     """

@@ -98,7 +98,9 @@ def ls(store: Store) -> StoreListing:
     )
 
 
-def verify(store: Store, *, remove: bool = False, progress: Callable[[int], None] | None = None) -> VerifyReport:
+def verify(
+    store: Store, *, remove: bool = False, progress: Callable[[int], None] | None = None
+) -> VerifyReport:
     """Read every object and compare its bytes with its name.
 
     With `remove`, damaged objects are deleted so that converting (or importing) their packages again
@@ -143,7 +145,8 @@ def gc(store: Store, *, dry_run: bool = False, wait: bool = True) -> GcReport:
             return _gc_locked(store, dry_run)
     except BlockingIOError:
         raise StoreError(
-            f"a convert or a load is using the store at {store.root}, and gc was asked not to wait. Try again later."
+            f"a convert or a load is using the store at {store.root}, and gc was asked not to wait. Try "
+            "again later."
         ) from None
 
 

@@ -93,7 +93,7 @@ def write_file(path: Path, data: Buffer) -> None:
 
 
 class ObjectFolder:
-    """A folder of content-addressed files. Thread- and process-safe: adding an object twice keeps the first."""
+    """A folder of content-addressed files. Thread- and process-safe: of two equal ones the first stays."""
 
     def __init__(self, store_root: Path, relative: str) -> None:
         """Address `store_root/relative`; the folder is made when the first object comes."""
@@ -112,7 +112,7 @@ class ObjectFolder:
         return self._store_root / self.location(digest)
 
     def state(self, digest: str, length: int) -> ObjectState:
-        """Whether the object is there with these bytes: by size and seal, by its digest where the seal is broken."""
+        """Whether the object is there with these bytes: by size and seal, or digest if unsealed."""
         path = self.path(digest)
         try:
             status = path.stat()
@@ -130,7 +130,9 @@ class ObjectFolder:
             self.path(digest).unlink(missing_ok=True)
         return state == "intact"
 
-    def add(self, digest: str, length: int, pieces: Iterable[Buffer], progress: Progress | None = None) -> None:
+    def add(
+        self, digest: str, length: int, pieces: Iterable[Buffer], progress: Progress | None = None
+    ) -> None:
         """Write an object from `pieces`, `length` bytes together.
 
         Raises DigestMismatchError where the bytes are not those of `digest` (the source changed meanwhile)
@@ -154,12 +156,16 @@ class ObjectFolder:
                     os.fsync(file.fileno())
                 if done != length or state.hexdigest() != digest:
                     raise DigestMismatchError(
-                        f"{done} bytes with digest {state.hexdigest()[:16]} came where {length} bytes with digest "
-                        f"{digest[:16]} were expected: the source changed while it was read. Run the command again "
+                        f"{done} bytes with digest {state.hexdigest()[:16]} came where {length} bytes with "
+                        "digest "
+                        f"{digest[:16]} were expected: the source changed while it was read. Run the command "
+                        "again "
                         f"when nothing writes to it."
                     )
                 os.utime(temporary, (SEALED, SEALED))
-                with contextlib.suppress(FileExistsError):  # somebody else was faster: keep theirs, it may be mapped
+                with contextlib.suppress(
+                    FileExistsError
+                ):  # somebody else was faster: keep theirs, it may be mapped
                     path.hardlink_to(temporary)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -193,7 +199,7 @@ def _write_all(fd: int, view: memoryview) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Record:
-    """A registered package: where its record and its folder lie, what its manifest's identity was, what it needs."""
+    """A registered package: where its record and its folder lie, its manifest's identity, what it needs."""
 
     file: Path
     path: Path
@@ -271,7 +277,7 @@ class Store:
                 note.unlink(missing_ok=True)
 
     def register(self, path: Path, identity: str, digests: Iterable[str]) -> None:
-        """Remember that the package at `path` needs these objects. Idempotent; the last word on a path wins."""
+        """Remember that the package at `path` needs these objects. The last word on a path wins."""
         path = path.absolute()
         record = {"path": str(path), "identity": identity, "digests": sorted(set(digests))}
         target = self.packages / f"{digest_of(str(path).encode())[:32]}.json"
@@ -286,7 +292,7 @@ class Store:
         return sorted(str(record.path) for record in self.records() if digest in record.digests)
 
     def records(self) -> Iterator[Record]:
-        """Yield every registered package; an unreadable record is an error, not a hole (gc would take its weights)."""
+        """Yield every registered package; an unreadable record is an error (gc would take its weights)."""
         for file in sorted(self.packages.glob("[0-9a-f]*.json")):
             try:
                 raw = json.loads(file.read_bytes())

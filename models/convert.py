@@ -116,12 +116,19 @@ def convert_source(
     if renamed:
         first, count = next(iter(renamed.items()))
         notes.append(
-            f"{sum(n - 1 for n in renamed.values())} weights share a name with something in another scope and were "
+            f"{sum(n - 1 for n in renamed.values())} weights share a name with something in another scope "
+            "and were "
             f"renamed (for example {first!r}, {count} times)"
         )
     opened.check_external()
-    found = [item for item in initializers(model) if is_external(item.tensor) or tensor_bytes(item.tensor) >= MINIMUM_WEIGHT]
-    small = sum(tensor_bytes(i.tensor) for i in initializers(model)) - sum(tensor_bytes(i.tensor) for i in found)
+    found = [
+        item
+        for item in initializers(model)
+        if is_external(item.tensor) or tensor_bytes(item.tensor) >= MINIMUM_WEIGHT
+    ]
+    small = sum(tensor_bytes(i.tensor) for i in initializers(model)) - sum(
+        tensor_bytes(i.tensor) for i in found
+    )
     with store.using():
         weights, new_bytes = _store_weights(opened, _by_use(model, found), store, progress)
         inputs = tuple(value_of_proto(v) for v in model.graph.input if not _has_default(model, v.name))
@@ -181,14 +188,20 @@ def without_weighty_functions(model: ModelProto) -> ModelProto:
 
 
 def _inline_external(opened: ModelSource) -> None:
-    """Bring external tensors that cannot be weights of a package (small, sparse, attributes) into the graph."""
-    tensors = [item.tensor for item in initializers(opened.model) if tensor_bytes(item.tensor) < MINIMUM_WEIGHT]
+    """Bring external tensors that cannot be weights of a package (small, sparse, attributes) inside."""
+    tensors = [
+        item.tensor for item in initializers(opened.model) if tensor_bytes(item.tensor) < MINIMUM_WEIGHT
+    ]
     for scope in scopes(opened.model.graph):
         tensors += [part for sparse in scope.sparse_initializer for part in (sparse.values, sparse.indices)]
     for node in all_nodes(opened.model):
         for attribute in node.attribute:
             sparse = [attribute.sparse_tensor, *attribute.sparse_tensors]
-            tensors += [attribute.t, *attribute.tensors, *(part for s in sparse for part in (s.values, s.indices))]
+            tensors += [
+                attribute.t,
+                *attribute.tensors,
+                *(part for s in sparse for part in (s.values, s.indices)),
+            ]
     for tensor in tensors:
         if is_external(tensor):
             data = b"".join(bytes(piece) for piece in opened.pieces(tensor))
@@ -198,7 +211,7 @@ def _inline_external(opened: ModelSource) -> None:
 
 
 def _by_use(model: ModelProto, found: list[Initializer]) -> list[Initializer]:
-    """Order weights by their first use: what runs together lies together, whatever order the exporter chose."""
+    """Order weights by their first use: what runs together lies together."""
     first: dict[str, int] = {}
     for scope in scopes(model.graph):
         for node in scope.node:
@@ -210,7 +223,7 @@ def _by_use(model: ModelProto, found: list[Initializer]) -> list[Initializer]:
 def _store_weights(
     opened: ModelSource, found: list[Initializer], store: Store, progress: Progress | None
 ) -> tuple[list[Weight], int]:
-    """Put every weight into the store and turn it into a reference; returns the weights and the bytes added."""
+    """Put every weight into the store, leaving a reference; returns the weights and the bytes added."""
     total = sum(tensor_bytes(item.tensor) for item in found)
     done = new = 0
     weights = []
@@ -239,11 +252,15 @@ def _store_weights(
 
 
 def cut_runs(weights: Sequence[Weight], store: Store, target: Path) -> tuple[Run, ...]:
-    """Cut the weights into runs: after every weight where another package of the store starts or stops being equal."""
+    """Cut the weights into runs: wherever another package of the store starts or stops being equal."""
     digests = [weight.digest for weight in weights]
     mine = set(digests)
     others = sorted(
-        ((len(mine & record.digests), str(record.path)) for record in store.records() if record.path != target.absolute()),
+        (
+            (len(mine & record.digests), str(record.path))
+            for record in store.records()
+            if record.path != target.absolute()
+        ),
         reverse=True,
     )
     cuts: set[int] = set()
@@ -255,7 +272,9 @@ def cut_runs(weights: Sequence[Weight], store: Store, target: Path) -> tuple[Run
     runs = []
     for first, end in itertools.pairwise(edges):
         part = tuple(weights[first:end])
-        runs.append(Run(first=first, count=end - first, bytes=sum(w.bytes for w in part), digest=run_digest(part)))
+        runs.append(
+            Run(first=first, count=end - first, bytes=sum(w.bytes for w in part), digest=run_digest(part))
+        )
     return tuple(runs)
 
 
@@ -281,7 +300,8 @@ def _serialize(model: ModelProto, source: Path) -> bytes:
     size = model.ByteSize()
     if size > MAXIMUM_PROTOBUF:
         raise ModelError(
-            f"the graph of {source} has {size} bytes without its weights, more than the 2 GiB of a protobuf file: sparse or "
+            f"the graph of {source} has {size} bytes without its weights, more than the 2 GiB of a protobuf "
+            "file: sparse or "
             f"string tensors stay in the graph. Split the model, or make these tensors dense."
         )
-    return model.SerializeToString(deterministic=True)
+    return bytes(model.SerializeToString(deterministic=True))

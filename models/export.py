@@ -28,7 +28,7 @@ from glake_infer.models.source import MAXIMUM_PROTOBUF
 from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
 
 ALIGNMENT = 4096
-"""Weights of at least this size begin at a multiple of it in the exported data file, so that ORT can map them."""
+"""Weights of at least this size begin at a multiple of it in the data file, so that ORT can map them."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -111,7 +111,7 @@ def export_archive(
 ) -> ExportReport:
     """Write the package with all its weights into one file that `import_archive` takes on another machine.
 
-    Raises PackageError, DigestMismatchError, StorageFullError; `file` is replaced only when the new one is complete.
+    Raises PackageError, DigestMismatchError, StorageFullError; `file` is replaced only by a complete new one.
     """
     target = Path(file).absolute()
     if target.is_dir():
@@ -133,7 +133,9 @@ def export_archive(
                     for digest, size in distinct.items():
                         entry = tarfile.TarInfo(f"objects/{digest}")
                         entry.size, entry.mode = size, 0o444
-                        archive.addfile(entry, io.BufferedReader(_Pieces(checked_object(opened, digest, size))))
+                        archive.addfile(
+                            entry, io.BufferedReader(_Pieces(checked_object(opened, digest, size)))
+                        )
                         done += size
                         if progress:
                             progress("weights", done, sum(distinct.values()))
@@ -152,28 +154,38 @@ def import_archive(
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Take an archive into the store and write its package to `target` (default: the archive's name, `.glake`, here).
+    """Take an archive into the store and write its package to `target` (default: its name, `.glake`, here).
 
     Raises PackageError (not an archive, truncated, altered, something missing or extra); after an error the
     target is as it was, and no object with wrong bytes is in the store.
     """
     file = Path(file)
-    target = Path(target) if target is not None else Path(re.sub(r"(\.glake)?(\.tar|\.archive)?$", "", file.name) + SUFFIX)
+    target = (
+        Path(target)
+        if target is not None
+        else Path(re.sub(r"(\.glake)?(\.tar|\.archive)?$", "", file.name) + SUFFIX)
+    )
     check_target(target)
     store = store or Store()
     if not file.is_file():
-        raise PackageError(f"{file} is not a file. Expected an archive made by `glake-infer export PACKAGE --archive FILE`.")
+        raise PackageError(
+            f"{file} is not a file. Expected an archive made by `glake-infer export PACKAGE --archive FILE`."
+        )
     try:
         with tarfile.open(file, "r:") as archive, store.using():
             return _take(archive, file, target, store, progress)
     except tarfile.TarError as error:
-        raise PackageError(f"{file} is not a glake-infer archive, or it is truncated ({error}). Copy it again.") from error
+        raise PackageError(
+            f"{file} is not a glake-infer archive, or it is truncated ({error}). Copy it again."
+        ) from error
 
 
-def _take(archive: tarfile.TarFile, file: Path, target: Path, store: Store, progress: Progress | None) -> Manifest:
+def _take(
+    archive: tarfile.TarFile, file: Path, target: Path, store: Store, progress: Progress | None
+) -> Manifest:
     with tempfile.TemporaryDirectory(prefix="glake-import-") as scratch:
         first = archive.next()
-        if first is None or first.name != MANIFEST:
+        if first is None or first.name != MANIFEST or not first.isreg():
             raise PackageError(f"{file} is not a glake-infer archive: it does not begin with {MANIFEST}.")
         (Path(scratch) / MANIFEST).write_bytes(_content(archive, first, file))
         manifest = read_manifest(Path(scratch))
@@ -187,17 +199,26 @@ def _take(archive: tarfile.TarFile, file: Path, target: Path, store: Store, prog
             files[entry.name] = _content(archive, entry, file)
             if digest_of(files[entry.name]) != graphs[entry.name]:
                 raise PackageError(f"{entry.name} in {file} was altered. Copy the archive again.")
-        elif entry.isreg() and is_digest(name) and entry.name == f"objects/{name}" and missing.pop(name, None) == entry.size:
+        elif (
+            entry.isreg()
+            and is_digest(name)
+            and entry.name == f"objects/{name}"
+            and missing.pop(name, None) == entry.size
+        ):
             if not store.objects.holds(name, entry.size):
                 try:
                     store.objects.add(name, entry.size, _stream(archive, entry, file))
                 except DigestMismatchError as error:
-                    raise PackageError(f"the weight {name[:16]} in {file} was altered. Copy the archive again.") from error
+                    raise PackageError(
+                        f"the weight {name[:16]} in {file} was altered. Copy the archive again."
+                    ) from error
             done += entry.size
             if progress:
                 progress("weights", done, total)
         else:
-            raise PackageError(f"{file} holds {entry.name!r}, which its manifest does not list. Copy the archive again.")
+            raise PackageError(
+                f"{file} holds {entry.name!r}, which its manifest does not list. Copy the archive again."
+            )
     if missing or graphs.keys() - files.keys():
         lost = next(iter(missing), None) or sorted(graphs.keys() - files.keys())[0]
         raise PackageError(f"{file} lacks {lost}: it is truncated. Copy the archive again.")
@@ -205,17 +226,19 @@ def _take(archive: tarfile.TarFile, file: Path, target: Path, store: Store, prog
 
 
 def checked_object(package: Package, digest: str, length: int) -> Iterator[Buffer]:
-    """Yield an object's bytes piece by piece; raises DigestMismatchError at the end where they were wrong."""
+    """Yield an object's bytes in pieces; where they are wrong, raises DigestMismatchError before the last."""
     state, done = blake3(max_threads=blake3.AUTO), 0
     fd = os.open(package.store.objects.path(digest), os.O_RDONLY | os.O_CLOEXEC)
     try:
         for piece in pieces_of(fd, 0, length):
             state.update(piece)
             done += len(piece)
+            if done == length and state.hexdigest() != digest:  # now: whoever counts bytes asks for no more
+                raise package.damaged(digest)
             yield piece
     finally:
         os.close(fd)
-    if done != length or state.hexdigest() != digest:
+    if done != length:
         raise package.damaged(digest)
 
 

@@ -148,13 +148,13 @@ def _read(text: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"--input {text}: there is no file {path}.")
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {"": content}
-        with content:
+        with path.open("rb") as file:  # numpy leaves a file open that it opened and then refused
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                return {"": content}
             return {name: content[name] for name in content.files}
     except (ValueError, EOFError, BadZipFile) as error:
         raise InputError(
-            f"--input {text}: {path} is not an .npy or .npz file of plain arrays ({error}). "
+            f"--input {text}: {path} is not an .npy or .npz file of plain arrays. "
             f"Write it with numpy.save or numpy.savez."
         ) from error

@@ -60,7 +60,9 @@ def tensor_bytes(tensor: TensorProto) -> int:
     count = 1
     for dimension in tensor.dims:
         if dimension < 0:
-            raise ModelError(f"weight {tensor.name!r} declares the negative dimension {dimension}: the model is damaged.")
+            raise ModelError(
+                f"weight {tensor.name!r} declares the negative dimension {dimension}: the model is damaged."
+            )
         count *= dimension
     if bits := PACKED_BITS.get(tensor.data_type):
         return (count * bits + 7) // 8
@@ -68,7 +70,8 @@ def tensor_bytes(tensor: TensorProto) -> int:
         return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     except (KeyError, TypeError, ValueError):
         raise ModelError(
-            f"weight {tensor.name!r} has the element type {tensor.data_type}, which this version of onnx does not "
+            f"weight {tensor.name!r} has the element type {tensor.data_type}, which this version of onnx "
+            "does not "
             f"know. Install a newer onnx (`pip install -U onnx`), or export the model with a supported type."
         ) from None
 
@@ -79,18 +82,21 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def inline_bytes(tensor: TensorProto) -> bytes:
-    """Raw little-endian bytes of a tensor whose data is in the model; raises ModelError where they do not fit."""
+    """Raw little-endian bytes of a tensor in the model; raises ModelError where they do not fit its shape."""
     expected = tensor_bytes(tensor)
     data = tensor.raw_data if tensor.HasField("raw_data") else None
     if data is None:
         try:
             data = numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
         except (ValueError, TypeError) as error:
-            raise ModelError(f"weight {tensor.name!r} is damaged: {error}. Export the model again.") from error
+            raise ModelError(
+                f"weight {tensor.name!r} is damaged: {error}. Export the model again."
+            ) from error
     if len(data) != expected:
         raise ModelError(
             f"weight {tensor.name!r} holds {len(data)} bytes, but its shape {list(tensor.dims)} and type "
-            f"{TensorProto.DataType.Name(tensor.data_type)} need {expected}. The model is damaged; export it again."
+            f"{TensorProto.DataType.Name(tensor.data_type)} need {expected}. The model is damaged; export it "
+            "again."
         )
     return bytes(data)
 
@@ -102,7 +108,15 @@ def external_entries(tensor: TensorProto) -> dict[str, str]:
 
 def make_external(tensor: TensorProto, location: str, length: int, **more: str) -> None:
     """Turn `tensor` into a reference to `length` bytes at the start of `location`."""
-    for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"):
+    for field in (
+        "raw_data",
+        "float_data",
+        "int32_data",
+        "int64_data",
+        "double_data",
+        "uint64_data",
+        "string_data",
+    ):
         tensor.ClearField(field)  # type: ignore[arg-type]
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
@@ -168,7 +182,9 @@ def lift_constants(model: ModelProto, minimum: int) -> int:
             else:
                 del scope.node[index]
             if old:
-                scope.input.append(helper.make_tensor_value_info(weight.name, tensor.data_type, list(tensor.dims)))
+                scope.input.append(
+                    helper.make_tensor_value_info(weight.name, tensor.data_type, list(tensor.dims))
+                )
     return lifted
 
 
@@ -187,7 +203,7 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
 
 
 def make_names_unique(model: ModelProto) -> dict[str, int]:
-    """Rename initializers so that nothing else in any scope has their names; returns {name: how often it was found}.
+    """Rename initializers so that nothing else in any scope has their names; returns {name: times found}.
 
     ONNX Runtime's AddInitializer matches by name in every scope at once, so two branches that both call a
     weight `w` would silently get the same one. ORT also makes initializers of `Constant` nodes and of sparse
@@ -207,7 +223,9 @@ def make_names_unique(model: ModelProto) -> dict[str, int]:
 
 def _unused(name: str, taken: set[str]) -> str:
     """`name`, with something behind it where it is in `taken`, which then holds it."""
-    new = next(new for number in itertools.count() if (new := f"{name}_{number}" if number else name) not in taken)
+    new = next(
+        new for number in itertools.count() if (new := f"{name}_{number}" if number else name) not in taken
+    )
     taken.add(new)
     return new
 

@@ -46,14 +46,15 @@ class GuardReport:
     def note(self) -> str:
         """One sentence for people."""
         return (
-            f"cpu-lean keeps ONNX Runtime from folding {len(self.weights)} {'/'.join(sorted(self.dtypes))} weights "
+            f"cpu-lean keeps ONNX Runtime from folding {len(self.weights)} {'/'.join(sorted(self.dtypes))} "
+            "weights "
             f"({self.stored / 2**20:.1f} MiB) to fp32 copies ({self.folded / 2**20:.1f} MiB); "
             f"{self.rewritten} products were moved behind their MatMul or Gather"
         )
 
 
 class _Scope:
-    """Who makes and who uses each value of a graph (uses inside bodies count as uses of the node that holds them)."""
+    """Who makes and who uses each value of a graph (uses in a body are uses by its node)."""
 
     def __init__(self, graph: GraphProto) -> None:
         self.graph = graph
@@ -148,13 +149,27 @@ def _move_products(scope: _Scope) -> int:
         rows, columns = weight.dims
         shape = list(scale.dims)
         result = target.output[0]
-        if target.op_type == "MatMul" and target.input[1] == product.output[0] and target.input[0] != product.output[0]:
-            if scale.data_type == TensorProto.FLOAT16 or shape not in ([], [1], [1, 1], [columns], [1, columns]):
+        if (
+            target.op_type == "MatMul"
+            and target.input[1] == product.output[0]
+            and target.input[0] != product.output[0]
+        ):
+            if scale.data_type == TensorProto.FLOAT16 or shape not in (
+                [],
+                [1],
+                [1, 1],
+                [columns],
+                [1, columns],
+            ):
                 continue
             target.input[1] = cast.output[0]
             target.output[0] = f"{result}__unscaled"
             factor, nodes = _flat(scale, result, scope.graph)
-            before[id(target)] = [*nodes, target, helper.make_node("Mul", [target.output[0], factor], [result])]
+            before[id(target)] = [
+                *nodes,
+                target,
+                helper.make_node("Mul", [target.output[0], factor], [result]),
+            ]
         elif target.op_type == "Gather" and target.input[0] == product.output[0] and _axis(target) == 0:
             if shape not in ([], [1], [1, 1], [rows, 1], [columns], [1, columns]):
                 continue

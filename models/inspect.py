@@ -97,7 +97,9 @@ class Inspection:
         }
 
 
-def inspect(paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, store: Store | None = None) -> Inspection:
+def inspect(
+    paths: Sequence[str | os.PathLike[str]] | str | os.PathLike[str], *, store: Store | None = None
+) -> Inspection:
     """Look into ONNX models and packages without loading them into ONNX Runtime and without writing anything.
 
     Raises ModelError or PackageError for the first that is not sound.
@@ -114,7 +116,14 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         package.graph(variant)
     weights = tuple(InspectedWeight(w.name, w.digest, w.bytes, w.dtype, w.shape) for w in manifest.weights)
     return InspectedModel(
-        str(path), "package", weights, manifest.inputs, manifest.outputs, dict(manifest.variants), len(manifest.runs), manifest.notes
+        str(path),
+        "package",
+        weights,
+        manifest.inputs,
+        manifest.outputs,
+        dict(manifest.variants),
+        len(manifest.runs),
+        manifest.notes,
     )
 
 
@@ -137,4 +146,13 @@ def _model(path: Path) -> InspectedModel:
         )
         defaults = {tensor.name for tensor in model.graph.initializer}
         inputs = tuple(value_of_proto(v) for v in model.graph.input if v.name not in defaults)
-        return InspectedModel(str(path), "onnx", weights, inputs, tuple(value_of_proto(v) for v in model.graph.output), {}, 0, ())
+        return InspectedModel(
+            str(path),
+            "onnx",
+            weights,
+            inputs,
+            tuple(value_of_proto(v) for v in model.graph.output),
+            {},
+            0,
+            (),
+        )

@@ -50,7 +50,8 @@ class Value(_Part):
     def __str__(self) -> str:
         if self.shape is None:
             return f"{self.name}: {self.dtype}"
-        return f"{self.name}: {self.dtype}[{', '.join('?' if axis is None else str(axis) for axis in self.shape)}]"
+        axes = ", ".join("?" if axis is None else str(axis) for axis in self.shape)
+        return f"{self.name}: {self.dtype}[{axes}]"
 
 
 class Variant(_Part):
@@ -82,7 +83,7 @@ class Run(_Part):
     count: Annotated[int, Field(ge=1)]
     bytes: Bytes
     digest: Digest
-    """Digest of the weights' digests (their 64 characters, one after the other): equal runs are equal bytes."""
+    """Digest of the weights' digests (their 64 characters each): equal runs are equal bytes."""
 
 
 class Manifest(_Part):
@@ -110,7 +111,9 @@ class Manifest(_Part):
         sizes: dict[str, int] = {}
         for weight in self.weights:
             if sizes.setdefault(weight.digest, weight.bytes) != weight.bytes:
-                raise ValueError(f"weight {weight.name!r} gives its digest another size than an earlier weight")
+                raise ValueError(
+                    f"weight {weight.name!r} gives its digest another size than an earlier weight"
+                )
         position = 0
         for run in self.runs:
             part = self.weights[run.first : run.first + run.count]
@@ -157,19 +160,26 @@ def _identity(content: dict[str, Any]) -> str:
 def read_manifest(package: Path) -> Manifest:
     """Read and check `package/manifest.json`.
 
-    Raises PackageError (not a package, damaged, altered) or UnsupportedVersionError (made by a newer version).
+    Raises PackageError (not a package, damaged, altered) or UnsupportedVersionError (a newer version).
     """
     path = package / MANIFEST
     if not package.exists():
-        raise PackageError(f"{package} does not exist. `glake-infer convert MODEL.onnx -o {package}` makes it.")
+        raise PackageError(
+            f"{package} does not exist. `glake-infer convert MODEL.onnx -o {package}` makes it."
+        )
     if not path.is_file():
-        raise PackageError(f"{package} is not a package: it has no {MANIFEST}. Expected a folder made by `glake-infer convert`.")
+        raise PackageError(
+            f"{package} is not a package: it has no {MANIFEST}. Expected a folder made by `glake-infer "
+            "convert`."
+        )
     if path.stat().st_size > MAXIMUM_BYTES:
         raise PackageError(f"{path} is larger than {MAXIMUM_BYTES >> 20} MiB: not a manifest.")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is not valid JSON ({error}): it is damaged. Convert the model again.") from error
+        raise PackageError(
+            f"{path} is not valid JSON ({error}): it is damaged. Convert the model again."
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PackageError(f"{path} is not a glake-infer manifest: its 'format' is not {FORMAT!r}.")
     version = content.get("version")
@@ -186,6 +196,7 @@ def read_manifest(package: Path) -> Manifest:
         raise PackageError(f"{path} is damaged: {place}: {first['msg']}. Convert the model again.") from error
     if manifest.identity != _identity(content):
         raise PackageError(
-            f"{path} was altered after it was written (its identity does not fit its content). Convert the model again."
+            f"{path} was altered after it was written (its identity does not fit its content). Convert the "
+            "model again."
         )
     return manifest

@@ -1,4 +1,4 @@
-"""Packages on disk: written whole or not at all, opened with every check that can be made without a session."""
+"""Packages on disk: written whole or not at all, opened with all checks that need no session."""
 
 from __future__ import annotations
 
@@ -34,13 +34,23 @@ def check_target(target: Path) -> None:
     """Raise InputError where `target` is something that a package must not replace."""
     try:
         place = target.resolve()
-        usable = not place.exists() or (place / MANIFEST).is_file() or (place.is_dir() and not any(place.iterdir()))
+        usable = (
+            not place.exists()
+            or (place / MANIFEST).is_file()
+            or (place.is_dir() and not any(place.iterdir()))
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"a package cannot be written to {str(target)!r}: {error}. Choose another name with -o.") from error
+        raise InputError(
+            f"a package cannot be written to {str(target)!r}: {error}. Choose another name with -o."
+        ) from error
     if not usable:
-        raise InputError(f"{target} exists and is not a package: it was left alone. Choose another name with -o.")
+        raise InputError(
+            f"{target} exists and is not a package: it was left alone. Choose another name with -o."
+        )
     if not place.parent.is_dir():
-        raise InputError(f"the folder {place.parent} does not exist. Make it, or choose another place with -o.")
+        raise InputError(
+            f"the folder {place.parent} does not exist. Make it, or choose another place with -o."
+        )
 
 
 def write_package(store: Store, target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
@@ -129,18 +139,30 @@ class Package:
             entries = external_entries(item.tensor)
             weight = expected.get(item.tensor.name)
             if weight is None:
-                raise PackageError(f"{path} has the weight {item.tensor.name!r}, which the manifest does not list. {self._again()}")
+                raise PackageError(
+                    f"{path} has the weight {item.tensor.name!r}, which the manifest does not list. "
+                    f"{self._again()}"
+                )
             if (
-                entries != {"location": self.store.objects.location(weight.digest), "offset": "0", "length": str(weight.bytes)}
+                entries
+                != {
+                    "location": self.store.objects.location(weight.digest),
+                    "offset": "0",
+                    "length": str(weight.bytes),
+                }
                 or tuple(item.tensor.dims) != weight.shape
             ):
-                raise PackageError(f"the weight {weight.name!r} of {path} does not fit the manifest. {self._again()}")
+                raise PackageError(
+                    f"the weight {weight.name!r} of {path} does not fit the manifest. {self._again()}"
+                )
             found.add(weight.name)
         if extra := sorted(expected.keys() - found):
-            raise PackageError(f"the manifest lists the weight {extra[0]!r}, which {path} does not use. {self._again()}")
+            raise PackageError(
+                f"the manifest lists the weight {extra[0]!r}, which {path} does not use. {self._again()}"
+            )
 
     def check_present(self) -> None:
-        """Raise unless every weight lies in the store, of its size and untouched (loading checks the bytes themselves).
+        """Raise unless every weight lies in the store, of its size and untouched (loading checks the bytes).
 
         PackageError names a weight that is missing or short, DigestMismatchError one that was changed.
         """
@@ -150,7 +172,8 @@ class Package:
                 raise self.damaged(weight.digest)
             if state != "intact":
                 raise PackageError(
-                    f"the weight {weight.name!r} of {self.path} is {state} in the store: {self.store.objects.path(weight.digest)} "
+                    f"the weight {weight.name!r} of {self.path} is {state} in the store: "
+                    f"{self.store.objects.path(weight.digest)} "
                     f"should hold {weight.bytes} bytes. {self._restore(damaged=state == 'short')}"
                 )
 
@@ -159,7 +182,8 @@ class Package:
         hurt = sorted({str(self.path.absolute()), *self.store.users_of(digest)})
         names = [weight.name for weight in self.manifest.weights if weight.digest == digest]
         return DigestMismatchError(
-            f"the weight {names[0] if names else digest!r} was changed on disk: {self.store.objects.path(digest)} no longer has "
+            f"the weight {names[0] if names else digest!r} was changed on disk: "
+            f"{self.store.objects.path(digest)} no longer has "
             f"the digest it is named by. Hurt: {', '.join(hurt)}. {self._restore(damaged=True)}"
         )
 
@@ -179,6 +203,7 @@ class Package:
     def _restore(self, *, damaged: bool = False) -> str:
         first = "Remove it with `glake-infer store verify --remove`, then convert" if damaged else "Convert"
         return (
-            f"{first} {self.manifest.source.name} again, or import its archive; if the package was made with another "
+            f"{first} {self.manifest.source.name} again, or import its archive; if the package was made with "
+            "another "
             f"store, set GLAKE_STORE to it (now {self.store.root})."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import shutil
 import tempfile
 import threading
@@ -58,6 +57,7 @@ class ModelResult:
     p95: float
     memory: ModelMemory
     notes: tuple[str, ...]
+    """What `load` had to say; what convert did is in the package."""
 
 
 @dataclass(frozen=True)
@@ -244,22 +244,23 @@ def _feed_all(
 
 def _run_all(loaded: Sequence[_Loaded], repeat: int, threads: int) -> None:
     """Run every model `repeat` times, in turn, by `threads` workers; the first error ends it."""
+    work = (entry for _ in range(repeat) for entry in loaded)
     if threads == 1:
-        for entry in (entry for _ in range(repeat) for entry in loaded):
+        for entry in work:
             _run_once(entry)
         return
-    work: queue.SimpleQueue[_Loaded] = queue.SimpleQueue()
-    for entry in (entry for _ in range(repeat) for entry in loaded):
-        work.put(entry)
+    lock = threading.Lock()
     errors: list[BaseException] = []
     stop = threading.Event()
 
     def worker() -> None:
         while not stop.is_set():
-            try:
-                _run_once(work.get_nowait())
-            except queue.Empty:
+            with lock:
+                entry = next(work, None)
+            if entry is None:
                 return
+            try:
+                _run_once(entry)
             except BaseException as error:
                 errors.append(error)
                 stop.set()
@@ -271,7 +272,6 @@ def _run_all(loaded: Sequence[_Loaded], repeat: int, threads: int) -> None:
         for thread in workers:
             thread.join()
     finally:  # Ctrl-C: runs in flight end, no new ones begin
-        stop.set()
         for thread in workers:
             thread.join()
     if errors:
@@ -287,8 +287,8 @@ def _run_once(entry: _Loaded) -> None:
             raise
         fed = ", ".join(f"{name}{list(np.shape(entry.feeds[name]))}" for name in entry.generated)
         raise ModelError(
-            f"{error} Maybe the generated data ({fed}) does not suit the model: give other sizes with --shape, "
-            f"or real data with --input."
+            f"{str(error).strip()} Maybe the generated data ({fed}) does not suit it: give other sizes "
+            f"with --shape, or real data with --input."
         ) from error
     entry.times.append(time.perf_counter() - start)
     entry.results = results
@@ -307,7 +307,7 @@ def _result(entry: _Loaded) -> ModelResult:
         min=float(times.min()),
         p95=float(np.percentile(times, 95)),
         memory=entry.model.memory,
-        notes=tuple(entry.model.notes),
+        notes=tuple(note for note in entry.model.notes if note not in entry.model.package.manifest.notes),
     )
 
 

@@ -20,7 +20,14 @@ from onnx import ModelProto, TensorProto, defs
 
 from glake_infer.allocators.errors import ModelError
 from glake_infer.digest import Buffer, digest_of, digest_of_file, digest_of_range, pieces_of
-from glake_infer.models.graph import all_nodes, external_entries, inline_bytes, is_external, scopes, tensor_bytes
+from glake_infer.models.graph import (
+    all_nodes,
+    external_entries,
+    inline_bytes,
+    is_external,
+    scopes,
+    tensor_bytes,
+)
 
 STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.training")
 MAXIMUM_PROTOBUF = (1 << 31) - 1
@@ -62,7 +69,7 @@ class SourceModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd, _ in self._files.values():
+        for fd, _size in self._files.values():
             os.close(fd)
         self._files.clear()
 
@@ -93,7 +100,8 @@ class SourceModel:
     def _short(self, tensor: TensorProto, offset: int, length: int, end: int) -> ModelError:
         location = external_entries(tensor)["location"]
         return ModelError(
-            f"external data of weight {tensor.name!r} is short: {self._folder / location} ends at byte {end}, but the weight "
+            f"external data of weight {tensor.name!r} is short: {self._folder / location} ends at byte "
+            f"{end}, but the weight "
             f"needs bytes {offset} to {offset + length}. The file is truncated; copy or download it again."
         )
 
@@ -112,7 +120,8 @@ class SourceModel:
             ) from None
         if offset < 0 or length != expected:
             raise ModelError(
-                f"external data of weight {tensor.name!r} has offset {offset} and length {length}, but its shape "
+                f"external data of weight {tensor.name!r} has offset {offset} and length {length}, but its "
+                "shape "
                 f"{list(tensor.dims)} needs {expected} bytes. The model is damaged; export it again."
             )
         if location not in self._files:
@@ -127,11 +136,14 @@ class SourceModel:
         try:
             resolved = path.resolve()
         except (OSError, ValueError, RuntimeError) as error:  # an endless link, a name with a zero byte
-            raise ModelError(f"external data of weight {tensor.name!r} cannot be read: {location!r}: {error}.") from error
+            raise ModelError(
+                f"external data of weight {tensor.name!r} cannot be read: {location!r}: {error}."
+            ) from error
         if not location or Path(location).is_absolute() or not resolved.is_relative_to(self._folder):
             raise ModelError(
                 f"external data of weight {tensor.name!r} points to {location!r}, outside the model's folder "
-                f"{self._folder}. Refused for safety: put the data beside the model and use a relative location."
+                f"{self._folder}. Refused for safety: put the data beside the model and use a relative "
+                "location."
             )
         try:
             fd = os.open(resolved, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -158,7 +170,8 @@ def _parse(path: Path) -> ModelProto:
         raise ModelError(f"{path} is empty. Expected an ONNX model; the download or export may have failed.")
     if status.st_size > MAXIMUM_PROTOBUF:
         raise ModelError(
-            f"{path} has {status.st_size} bytes, but a protobuf file ends at 2 GiB: it is not a valid ONNX model. Save it "
+            f"{path} has {status.st_size} bytes, but a protobuf file ends at 2 GiB: it is not a valid ONNX "
+            "model. Save it "
             f"with external data (`onnx.save_model(..., save_as_external_data=True)`)."
         )
     try:
@@ -168,23 +181,29 @@ def _parse(path: Path) -> ModelProto:
             f"{path} is not an ONNX model, or it is truncated ({str(error) or type(error).__name__}). "
             f"Check its size against the original and copy or download it again."
         ) from error
-    if not model.HasField("graph") or not model.graph.node and not model.graph.output:
-        raise ModelError(f"{path} holds no graph: it is not an ONNX model, or it is truncated. Copy or download it again.")
+    if not model.HasField("graph") or (not model.graph.node and not model.graph.output):
+        raise ModelError(
+            f"{path} holds no graph: it is not an ONNX model, or it is truncated. Copy or download it again."
+        )
     if not model.opset_import:
-        raise ModelError(f"{path} declares no opset: it is not an ONNX model, or it is damaged. Export it again.")
+        raise ModelError(
+            f"{path} declares no opset: it is not an ONNX model, or it is damaged. Export it again."
+        )
     _check_text(model, path)
     return model
 
 
 def _check_text(model: ModelProto, path: Path) -> None:
-    """Raise ModelError where a name is not UTF-8: protobuf hands it out as bytes, and nothing else could name it."""
+    """Raise ModelError where a name is not UTF-8: protobuf hands it out as bytes."""
     pending: list[Message] = [model]
     while pending:
         message = pending.pop()
         if isinstance(message, TensorProto):  # not through ListFields, which would copy the weight
             fields: list[tuple[str, Any]] = [("name", message.name), ("external_data", message.external_data)]
         else:
-            fields = [(field.name, value) for field, value in message.ListFields() if field.type in _NAMES_AND_PARTS]
+            fields = [
+                (field.name, value) for field, value in message.ListFields() if field.type in _NAMES_AND_PARTS
+            ]
         for name, value in fields:
             if name in ("doc_string", "metadata_props"):
                 continue
@@ -193,7 +212,8 @@ def _check_text(model: ModelProto, path: Path) -> None:
                     pending.append(part)
                 elif isinstance(part, bytes):
                     raise ModelError(
-                        f"{path} holds the text {part[:80]!r} ({name}), which is not UTF-8: the model is damaged. Copy or "
+                        f"{path} holds the text {part[:80]!r} ({name}), which is not UTF-8: the model is "
+                        "damaged. Copy or "
                         f"download it again."
                     )
 
@@ -207,8 +227,10 @@ def check_operators(model: ModelProto, path: Path) -> None:
     for domain, (_, newest) in defs.C.schema_version_map().items():
         if opsets.get(domain, 1) > newest:
             raise ModelError(
-                f"{path} uses opset {opsets[domain]} of the domain {domain or 'ai.onnx'!r}; the onnx {onnx.__version__} installed "
-                f"here knows up to {newest}. Upgrade with `pip install -U onnx onnxruntime`, or export the model with an older opset."
+                f"{path} uses opset {opsets[domain]} of the domain {domain or 'ai.onnx'!r}; the onnx "
+                f"{onnx.__version__} installed "
+                f"here knows up to {newest}. Upgrade with `pip install -U onnx onnxruntime`, or export the "
+                "model with an older opset."
             )
     own = {(_canonical(function.domain), function.name) for function in model.functions}
     runtime = _runtime_operators()
@@ -216,27 +238,37 @@ def check_operators(model: ModelProto, path: Path) -> None:
         domain = _canonical(node.domain)
         if (domain, node.op_type) in own:
             continue
-        where = f"operator {domain + ':' if domain else ''}{node.op_type} (node {node.name or ', '.join(node.output)!r})"
-        declared = opsets.get(domain) or max((f.version for fn in model.functions for f in fn.opset_import if _canonical(f.domain) == domain), default=0)
+        name = f"{domain}:{node.op_type}" if domain else node.op_type
+        where = f"operator {name} (node {node.name or ', '.join(node.output)!r})"
+        declared = opsets.get(domain) or max(
+            (f.version for fn in model.functions for f in fn.opset_import if _canonical(f.domain) == domain),
+            default=0,
+        )
         if domain in STANDARD_DOMAINS:
             if not declared:
-                raise ModelError(f"{path} uses {where}, but imports no opset of the domain {domain!r}. Export it again.")
+                raise ModelError(
+                    f"{path} uses {where}, but imports no opset of the domain {domain!r}. Export it again."
+                )
             schema = _schema(node.op_type, declared, domain)
-            if schema is not None:
+            if schema is not None and not schema.deprecated:
                 if len(node.input) < schema.min_input or len(node.output) < schema.min_output:
                     raise ModelError(
-                        f"{path} uses {where} with {len(node.input)} inputs and {len(node.output)} outputs; it has at least "
+                        f"{path} uses {where} with {len(node.input)} inputs and {len(node.output)} outputs; "
+                        "it has at least "
                         f"{schema.min_input} and {schema.min_output}. The model is damaged; export it again."
                     )
-            elif runtime.get((domain, node.op_type), declared + 1) > declared:
+            elif schema is not None or runtime.get((domain, node.op_type), declared + 1) > declared:
                 raise ModelError(
-                    f"{path} uses the unknown {where}: opset {declared} of the domain {domain or 'ai.onnx'!r} has no such operator. "
+                    f"{path} uses the unknown {where}: opset {declared} of the domain "
+                    f"{domain or 'ai.onnx'!r} has no such operator. "
                     f"Check the spelling, or export the model with another opset."
                 )
         elif runtime and (domain, node.op_type) not in runtime:
             raise ModelError(
-                f"{path} uses the unknown {where}: neither ONNX nor the ONNX Runtime installed here has it. A custom operator "
-                f"cannot be converted yet; a contributed one may need a newer version (`pip install -U onnxruntime`)."
+                f"{path} uses the unknown {where}: neither ONNX nor the ONNX Runtime installed here has it. "
+                "A custom operator "
+                "cannot be converted yet; a contributed one may need a newer version (`pip install -U "
+                "onnxruntime`)."
             )
 
 

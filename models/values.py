@@ -32,7 +32,9 @@ def value_of_argument(argument: Any) -> Value:
     kind = str(argument.type)
     if not kind.startswith("tensor("):
         return Value(name=argument.name, dtype=kind, shape=None)
-    shape = tuple(axis if isinstance(axis, str) or (axis is not None and axis >= 0) else None for axis in argument.shape)
+    shape = tuple(
+        axis if isinstance(axis, str) or (axis is not None and axis >= 0) else None for axis in argument.shape
+    )
     return Value(name=argument.name, dtype=kind[len("tensor(") : -1], shape=shape)
 
 
@@ -49,7 +51,7 @@ def value_of_proto(value: ValueInfoProto) -> Value:
 
 def _element_name(number: int) -> str:
     try:
-        return TensorProto.DataType.Name(number).lower()
+        return str(TensorProto.DataType.Name(number)).lower()
     except ValueError:
         return f"unknown{number}"
 
@@ -76,8 +78,10 @@ def _axis(dimension: TensorShapeProto.Dimension) -> int | str | None:
     return dimension.dim_param or None
 
 
-def check_feeds(inputs: Sequence[Value], optional: Sequence[Value], feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `feeds` as ONNX Runtime takes them; raises InputError naming the input, what came and what was expected.
+def check_feeds(
+    inputs: Sequence[Value], optional: Sequence[Value], feeds: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return `feeds` as ONNX Runtime takes them; raises InputError saying what came for which input.
 
     Lists and numbers become arrays of the declared type; arrays must have it already.
     """
@@ -106,20 +110,29 @@ def _checked(value: Value, given: Any) -> Any:
                 raise TypeError("it has fractions")
             given = np.asarray(given, expected)
         except (ValueError, TypeError, OverflowError) as error:
-            raise InputError(f"the input {value} cannot be made from {type(given).__name__}: {error}.") from error
+            raise InputError(
+                f"the input {value} cannot be made from {type(given).__name__}: {error}."
+            ) from error
     array = np.asarray(given)
     if expected is not None and array.dtype != expected:
         raise InputError(
-            f"the input {value} was fed {array.dtype}{list(array.shape)}. Convert it with `.astype({expected.name!r})` if that "
+            f"the input {value} was fed {array.dtype}{list(array.shape)}. Convert it with "
+            f"`.astype({expected.name!r})` if that "
             f"is what you mean."
         )
     if value.shape is None:
         return array
     if array.ndim != len(value.shape):
-        raise InputError(f"the input {value} was fed the shape {list(array.shape)}: {array.ndim} axes instead of {len(value.shape)}.")
+        raise InputError(
+            f"the input {value} was fed the shape {list(array.shape)}: {array.ndim} axes instead of "
+            f"{len(value.shape)}."
+        )
     for axis, (size, declared) in enumerate(zip(array.shape, value.shape, strict=True)):
         if isinstance(declared, int) and size != declared:
-            raise InputError(f"the input {value} was fed the shape {list(array.shape)}: axis {axis} has {size} instead of {declared}.")
+            raise InputError(
+                f"the input {value} was fed the shape {list(array.shape)}: axis {axis} has {size} instead of "
+                f"{declared}."
+            )
     return array
 
 
@@ -130,17 +143,27 @@ def _listed(values: Sequence[Value]) -> str:
 def generate(value: Value, shape: Sequence[int] | None, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     """Make data for an input: normal numbers, small non-negative integers, True.
 
-    `shape` gives the sizes; without it, undeclared axes are 1. Raises InputError for what is no tensor or does
-    not fit the declared shape.
+    `shape` gives the sizes; without it, undeclared axes are 1. Raises InputError for what is no
+    tensor or does not fit the declared shape.
     """
     dtype = DTYPES.get(value.dtype)
     if dtype is None:
-        raise InputError(f"the input {value} cannot be generated; feed it with --input {value.name}=FILE.npy.")
-    sizes = tuple(shape) if shape is not None else tuple(a if isinstance(a, int) else 1 for a in value.shape or ())
+        raise InputError(
+            f"the input {value} cannot be generated; feed it with --input {value.name}=FILE.npy."
+        )
+    sizes = (
+        tuple(shape)
+        if shape is not None
+        else tuple(a if isinstance(a, int) else 1 for a in value.shape or ())
+    )
     if value.shape is not None and len(sizes) != len(value.shape):
         raise InputError(f"--shape gives {value.name!r} {len(sizes)} axes, but the model declares {value}.")
-    if any(s < 0 or (isinstance(a, int) and s != a) for s, a in zip(sizes, value.shape or sizes, strict=True)):
-        raise InputError(f"--shape gives {value.name!r} the sizes {list(sizes)}, but the model declares {value}.")
+    if any(
+        s < 0 or (isinstance(a, int) and s != a) for s, a in zip(sizes, value.shape or sizes, strict=True)
+    ):
+        raise InputError(
+            f"--shape gives {value.name!r} the sizes {list(sizes)}, but the model declares {value}."
+        )
     if dtype == np.bool_:
         return np.ones(sizes, dtype)
     if dtype.kind in "iu":

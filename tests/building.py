@@ -32,7 +32,9 @@ def floats(name, shape=("n", SIDE), kind=TensorProto.FLOAT):
 
 
 def model(nodes, inputs, outputs, weights=(), *, ir=10, opset=OPSET, functions=(), domains=(), **graph):
-    made = helper.make_graph(list(nodes), "g", list(inputs), list(outputs), initializer=list(weights), **graph)
+    made = helper.make_graph(
+        list(nodes), "g", list(inputs), list(outputs), initializer=list(weights), **graph
+    )
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     return helper.make_model(made, ir_version=ir, opset_imports=imports, functions=list(functions))
 
@@ -46,14 +48,18 @@ def save(proto, path):
 def feeds_for(proto, seed=0, n=3):
     """Feeds of the inputs that have no default."""
     rng = np.random.default_rng(seed)
-    defaults = {t.name for t in proto.graph.initializer} | {s.values.name for s in proto.graph.sparse_initializer}
+    defaults = {t.name for t in proto.graph.initializer} | {
+        s.values.name for s in proto.graph.sparse_initializer
+    }
     feeds = {}
     for value in proto.graph.input:
         if value.name in defaults:
             continue
         shape = [d.dim_value or n for d in value.type.tensor_type.shape.dim]
         dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        feeds[value.name] = np.ones(shape, dtype) if dtype == np.bool_ else rng.standard_normal(shape).astype(dtype)
+        feeds[value.name] = (
+            np.ones(shape, dtype) if dtype == np.bool_ else rng.standard_normal(shape).astype(dtype)
+        )
     return feeds
 
 
@@ -100,7 +106,9 @@ def typed(kind):
         weight.int32_data.extend(rng.integers(0, 256, count // 2).tolist())
     elif name in ("FLOAT16", "BFLOAT16"):
         dtype = np.float16 if name == "FLOAT16" else ml_dtypes.bfloat16
-        weight.int32_data.extend(rng.standard_normal(count).astype(dtype).view(np.uint16).astype(int).tolist())
+        weight.int32_data.extend(
+            rng.standard_normal(count).astype(dtype).view(np.uint16).astype(int).tolist()
+        )
     elif name in ("INT8", "INT16", "INT32"):
         weight.int32_data.extend(rng.integers(-100, 100, count).tolist())
     elif name in ("UINT8", "UINT16"):
@@ -134,7 +142,9 @@ def _casted(weight):
         helper.make_node("ReduceSum", ["wide", "axes"], ["row"], keepdims=0),
         helper.make_node("Add", ["x", "row"], ["y"]),
     ]
-    return model(nodes, [floats("x")], [floats("y")], [weight, tensor(np.array([0], np.int64), "axes")], opset=21)
+    return model(
+        nodes, [floats("x")], [floats("y")], [weight, tensor(np.array([0], np.int64), "axes")], opset=21
+    )
 
 
 def constants():
@@ -154,7 +164,9 @@ def constants():
         helper.make_node("Add", ["a", "mean"], ["y"]),
         helper.make_node("Identity", ["s"], ["label"]),
     ]
-    return model(nodes, [floats("x")], [floats("y"), helper.make_tensor_value_info("label", TensorProto.STRING, [])])
+    return model(
+        nodes, [floats("x")], [floats("y"), helper.make_tensor_value_info("label", TensorProto.STRING, [])]
+    )
 
 
 def branch(name, output, weights, nodes, shape=("n", SIDE)):
@@ -187,9 +199,15 @@ def shadowing_constant():
 
 def half_beside_value():
     """An fp16 weight `w` in one branch (the guard moves it outwards), a computed value `w` in the other."""
-    nodes = [helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT), helper.make_node("MatMul", ["x", "v"], ["a"])]
+    nodes = [
+        helper.make_node("Cast", ["w"], ["v"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "v"], ["a"]),
+    ]
     then = branch("then", "a", [tensor(matrix(1, (SIDE, 512), np.float16), "w")], nodes, ("n", 512))
-    nodes = [helper.make_node("Add", ["x", "x"], ["w"]), helper.make_node("Concat", ["w"] * 16, ["b"], axis=1)]
+    nodes = [
+        helper.make_node("Add", ["x", "x"], ["w"]),
+        helper.make_node("Concat", ["w"] * 16, ["b"], axis=1),
+    ]
     other = branch("other", "b", [], nodes, ("n", 512))
     return model([if_node(then, other)], [FLAG, floats("x")], [floats("y", ("n", 512))])
 
@@ -197,18 +215,31 @@ def half_beside_value():
 def nested():
     """A body within a body that reads a weight of the main graph and one of the body around it."""
     inner_then = branch(
-        "inner_then", "p", [], [helper.make_node("MatMul", ["x", "outer"], ["q"]), helper.make_node("MatMul", ["q", "middle"], ["p"])]
+        "inner_then",
+        "p",
+        [],
+        [
+            helper.make_node("MatMul", ["x", "outer"], ["q"]),
+            helper.make_node("MatMul", ["q", "middle"], ["p"]),
+        ],
     )
-    inner_else = branch("inner_else", "r", [tensor(matrix(3), "outer2")], [helper.make_node("MatMul", ["x", "outer2"], ["r"])])
+    inner_else = branch(
+        "inner_else", "r", [tensor(matrix(3), "outer2")], [helper.make_node("MatMul", ["x", "outer2"], ["r"])]
+    )
     then = branch("then", "a", [tensor(matrix(2), "middle")], [if_node(inner_then, inner_else, "a")])
-    other = branch("other", "b", [tensor(matrix(4), "middle")], [helper.make_node("MatMul", ["x", "middle"], ["b"])])
+    other = branch(
+        "other", "b", [tensor(matrix(4), "middle")], [helper.make_node("MatMul", ["x", "middle"], ["b"])]
+    )
     return model([if_node(then, other)], [FLAG, floats("x")], [floats("y")], [tensor(matrix(1), "outer")])
 
 
 def loop():
     """A Loop whose body holds a weight."""
     body = helper.make_graph(
-        [helper.make_node("MatMul", ["state", "w"], ["next"]), helper.make_node("Identity", ["go"], ["again"])],
+        [
+            helper.make_node("MatMul", ["state", "w"], ["next"]),
+            helper.make_node("Identity", ["go"], ["again"]),
+        ],
         "body",
         [
             helper.make_tensor_value_info("i", TensorProto.INT64, []),
@@ -218,7 +249,11 @@ def loop():
         [helper.make_tensor_value_info("again", TensorProto.BOOL, []), floats("next")],
         initializer=[tensor(matrix(1), "w")],
     )
-    weights = [tensor(np.array(3, np.int64), "trips"), tensor(np.array(True), "yes"), tensor(matrix(2), "w_outer")]
+    weights = [
+        tensor(np.array(3, np.int64), "trips"),
+        tensor(np.array(True), "yes"),
+        tensor(matrix(2), "w_outer"),
+    ]
     nodes = [
         helper.make_node("Loop", ["trips", "yes", "x"], ["h"], body=body),
         helper.make_node("MatMul", ["h", "w_outer"], ["y"]),
@@ -242,13 +277,23 @@ def scan():
         initializer=[tensor(matrix(1), "w")],
     )
     nodes = [helper.make_node("Scan", ["start", "x"], ["last", "y"], body=body, num_scan_inputs=1)]
-    return model(nodes, [floats("x")], [floats("y"), floats("last", (SIDE,))], [tensor(matrix(3, (SIDE,)), "start")])
+    return model(
+        nodes, [floats("x")], [floats("y"), floats("last", (SIDE,))], [tensor(matrix(3, (SIDE,)), "start")]
+    )
 
 
 def body_outputs():
     """Branches whose output is a Constant node itself, of 1 KiB and more."""
-    then = branch("then", "a", [], [helper.make_node("Constant", [], ["a"], value=tensor(matrix(1), "v"))], (SIDE, SIDE))
-    other = branch("other", "b", [], [helper.make_node("Constant", [], ["b"], value=tensor(matrix(2), "v"))], (SIDE, SIDE))
+    then = branch(
+        "then", "a", [], [helper.make_node("Constant", [], ["a"], value=tensor(matrix(1), "v"))], (SIDE, SIDE)
+    )
+    other = branch(
+        "other",
+        "b",
+        [],
+        [helper.make_node("Constant", [], ["b"], value=tensor(matrix(2), "v"))],
+        (SIDE, SIDE),
+    )
     nodes = [if_node(then, other, "w"), helper.make_node("MatMul", ["x", "w"], ["y"])]
     return model(nodes, [FLAG, floats("x")], [floats("y")])
 
@@ -260,9 +305,11 @@ def weight_is_output():
 
 
 def functions(held="value"):
-    """A model-local function, called twice, that holds a weight: in a Constant, or in a body's initializer."""
+    """A model-local function, called twice, with a weight in a Constant or a body's initializer."""
     if held == "initializer":
-        then = branch("then", "p", [tensor(matrix(1), "fw")], [helper.make_node("MatMul", ["a", "fw"], ["p"])])
+        then = branch(
+            "then", "p", [tensor(matrix(1), "fw")], [helper.make_node("MatMul", ["a", "fw"], ["p"])]
+        )
         other = branch("other", "q", [], [helper.make_node("Neg", ["a"], ["q"])])
         nodes = [
             helper.make_node("Constant", [], ["yes"], value=tensor(np.array(True), "v")),
@@ -288,7 +335,9 @@ def functions(held="value"):
         helper.make_node("Project", ["h"], ["k"], domain="local"),
         helper.make_node("MatMul", ["k", "w"], ["y"]),
     ]
-    return model(calls, [floats("x")], [floats("y")], [tensor(matrix(2), "w")], functions=[function], domains=["local"])
+    return model(
+        calls, [floats("x")], [floats("y")], [tensor(matrix(2), "w")], functions=[function], domains=["local"]
+    )
 
 
 def overridable():
@@ -303,7 +352,10 @@ def sparse():
     values = tensor(matrix(2, (600,)), "sparse_w")
     indices = tensor(np.arange(600, dtype=np.int64), "")
     weight = helper.make_sparse_tensor(values, indices, [SIDE, SIDE])
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "sparse_w"], ["y"])]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("MatMul", ["h", "sparse_w"], ["y"]),
+    ]
     return model(nodes, [floats("x")], [floats("y")], [tensor(matrix(1), "w")], sparse_initializer=[weight])
 
 
@@ -398,7 +450,7 @@ SHAPES = {
 
 
 def with_external(proto: ModelProto, folder, location="weights.bin", *, minimum=0, gap=64, start=128):
-    """Write `folder/model.onnx` with the initializers' bytes in `location`, each behind a gap; returns the path."""
+    """Write `folder/model.onnx` with the initializers' bytes in `location`, gaps between them."""
     proto = ModelProto.FromString(proto.SerializeToString())
     data = bytearray(b"\xee" * start)
     for weight in proto.graph.initializer:

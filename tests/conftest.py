@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,23 @@ def python():
     def start(code, *arguments, **options):
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, **options}
+        options = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "env": environment,
+            **options,
+        }
         started.append(subprocess.Popen(command, **options))
         return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream:
+                stream.close()
 
 
 @contextmanager
@@ -65,8 +74,6 @@ def small_disk(tmp_path):
 @pytest.fixture
 def read_only():
     """Make a folder read-only for this test (also for root): `read_only(path)`."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         def lock(path):

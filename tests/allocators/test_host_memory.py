@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conformance import KiB, MiB, fill, holds
@@ -197,6 +198,10 @@ class TestMapFile:
 class TestSystemLimits:
     """Real failures of the system: a clear error, and the pool goes on."""
 
+    # The sanitizers need descriptors (to test whether memory can be read) and terabytes of addresses;
+    # and verifying 60,000 blocks after each operation takes hours.
+    pytestmark = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need them")
+
     def test_no_descriptor_left(self):
         done = run(
             """
@@ -213,7 +218,6 @@ class TestSystemLimits:
         assert "EMFILE" in done.stdout
         assert "ulimit -n" in done.stdout
 
-    @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan itself reserves terabytes")
     def test_no_address_space_left(self):
         done = run(
             """
@@ -248,9 +252,7 @@ class TestSystemLimits:
             try:
                 while len(held) < 200_000:
                     held.append(pool.allocate(1 << 20))
-                    if len(held) % 2:  # every second one idle: neighbours cannot merge into one mapping
-                        pool.deallocate(held.pop())
-                        held.append(pool.allocate((1 << 20) + (1 << 16)))
+                    held.append(pool.allocate((1 << 20) + (1 << 16)))  # two chunks, of other sizes
             except errors.DriverError as error:
                 print("max_map_count" in str(error) and "ENOMEM" in str(error))
             for address in held[::2]:
@@ -259,9 +261,10 @@ class TestSystemLimits:
             print("alive")
             """
         )
-        assert done.stdout in ("True\nalive\n", "alive\n"), (
-            done.stderr
-        )  # "alive": this machine has a high limit
+        if int(Path("/proc/sys/vm/max_map_count").read_text()) > 150_000:
+            assert (done.stdout, done.stderr) == ("alive\n", "")  # the test does not get there
+        else:
+            assert (done.stdout, done.stderr) == ("True\nalive\n", "")
 
 
 class TestFork:

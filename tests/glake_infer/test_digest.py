@@ -20,7 +20,9 @@ def file(tmp_path, monkeypatch):
 
 
 def test_is_blake3():
-    assert digest_of(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"  # the paper's vector
+    assert (
+        digest_of(b"") == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+    )  # the paper's vector
     assert digest_of(memoryview(DATA)) == digest_of(bytearray(DATA)) == blake3(DATA).hexdigest()
 
 
@@ -42,7 +44,9 @@ def test_a_range_past_the_end_says_how_much_there_was(file):
     assert list(pieces_of(fd, len(DATA) + 5, 7)) == []
 
 
-@pytest.mark.parametrize("text", ["", "ab", "g" * 64, "A" * 64, "../" + "a" * 61, "a" * 63 + "\n", "a" * 65, "٣" * 64])
+@pytest.mark.parametrize(
+    "text", ["", "ab", "g" * 64, "A" * 64, "../" + "a" * 61, "a" * 63 + "\n", "a" * 65, "٣" * 64]
+)
 def test_what_is_no_digest(text):
     assert not is_digest(text)
 

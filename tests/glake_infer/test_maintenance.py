@@ -92,7 +92,7 @@ def test_gc_follows_a_package_that_was_renamed_beside_itself(store, two, tmp_pat
 
 
 def test_gc_believes_the_manifest_more_than_the_record(store, two, tmp_path):
-    """A convert killed after registering its new version leaves the old one in place, which must stay whole."""
+    """A convert killed after registering its new version leaves the old one, which must stay whole."""
     a, _ = two
     store.register(a, "f" * 64, ["e" * 64])
     assert gc(store).objects == 0
@@ -152,7 +152,9 @@ def test_gc_of_derived_objects(store, two):
     lost, _ = store.prepared_objects.add_buffer(b"l" * 2000)
     for key, owner, digest in (("kept", identity, kept), ("lost", "0" * 64, lost)):
         (store.prepared / key).mkdir()
-        (store.prepared / key / "info.json").write_text(json.dumps({"identities": [owner], "derived": [digest]}))
+        (store.prepared / key / "info.json").write_text(
+            json.dumps({"identities": [owner], "derived": [digest]})
+        )
     (store.prepared / "broken").mkdir()
     (store.prepared / "broken" / "info.json").write_bytes(b"[")
     report = gc(store)

@@ -53,7 +53,10 @@ def test_a_path_is_only_made_from_a_digest(store, bad):
         store.objects.path(bad)
 
 
-@pytest.mark.parametrize(("pieces", "length"), [([DATA, b"x"], len(DATA)), ([DATA[:-1]], len(DATA)), ([b"y" * len(DATA)], len(DATA))])
+@pytest.mark.parametrize(
+    ("pieces", "length"),
+    [([DATA, b"x"], len(DATA)), ([DATA[:-1]], len(DATA)), ([b"y" * len(DATA)], len(DATA))],
+)
 def test_wrong_bytes_never_get_a_name(store, pieces, length):
     with pytest.raises(DigestMismatchError, match="the source changed while it was read"):
         store.objects.add(digest_of(DATA), length, pieces)
@@ -127,8 +130,13 @@ def test_a_full_disk(small_disk):
 
 
 def test_refusals_of_the_system_get_words(tmp_path):
-    for number, kind in [(errno.ENOSPC, StorageFullError), (errno.EDQUOT, StorageFullError), (errno.EACCES, StoreError),
-                         (errno.EROFS, StoreError), (errno.EPERM, StoreError)]:  # fmt: skip
+    for number, kind in [
+        (errno.ENOSPC, StorageFullError),
+        (errno.EDQUOT, StorageFullError),
+        (errno.EACCES, StoreError),
+        (errno.EROFS, StoreError),
+        (errno.EPERM, StoreError),
+    ]:
         with pytest.raises(kind, match=str(tmp_path)), storage_errors("testing", tmp_path):
             raise OSError(number, "refused")
     with pytest.raises(IsADirectoryError), storage_errors("testing", tmp_path):
@@ -192,7 +200,9 @@ def test_records(store, tmp_path):
     assert not records["a.glake"].exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"path": 1, "identity": "", "digests": []}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"path": 1, "identity": "", "digests": []}', b"\xff"]
+)
 def test_a_damaged_record_is_an_error_not_a_hole(store, tmp_path, content):
     store.register(tmp_path / "a.glake", "one", [])
     (record,) = store.records()

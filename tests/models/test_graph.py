@@ -32,7 +32,13 @@ def same_outputs(before, after):
 
 
 def test_scopes_and_nodes_of_all_depths():
-    assert [scope.name for scope in scopes(building.nested().graph)] == ["g", "other", "then", "inner_else", "inner_then"]
+    assert [scope.name for scope in scopes(building.nested().graph)] == [
+        "g",
+        "other",
+        "then",
+        "inner_else",
+        "inner_then",
+    ]
     kinds = sorted(node.op_type for node in all_nodes(building.functions("initializer")))
     assert kinds == ["Constant", "If", "MatMul", "MatMul", "Neg", "Project", "Project"]
 
@@ -50,9 +56,19 @@ def test_bytes_of_typed_fields_are_those_of_raw_data(kind):
 
 @pytest.mark.parametrize(
     ("kind", "dims", "expected"),
-    [("FLOAT", [], 4), ("FLOAT", [0, 5], 0), ("INT4", [3], 2), ("UINT4", [3, 3], 5), ("BOOL", [7], 7), ("STRING", [9], 0),
-     ("FLOAT8E4M3FN", [9], 9), ("COMPLEX128", [2], 32), ("FLOAT4E2M1", [5], 3), ("BFLOAT16", [3], 6)],
-)  # fmt: skip
+    [
+        ("FLOAT", [], 4),
+        ("FLOAT", [0, 5], 0),
+        ("INT4", [3], 2),
+        ("UINT4", [3, 3], 5),
+        ("BOOL", [7], 7),
+        ("STRING", [9], 0),
+        ("FLOAT8E4M3FN", [9], 9),
+        ("COMPLEX128", [2], 32),
+        ("FLOAT4E2M1", [5], 3),
+        ("BFLOAT16", [3], 6),
+    ],
+)
 def test_sizes(kind, dims, expected):
     assert tensor_bytes(TensorProto(data_type=getattr(TensorProto, kind), dims=dims)) == expected
 
@@ -76,7 +92,12 @@ def test_a_weight_becomes_a_reference():
     weight = building.typed(TensorProto.FLOAT16).graph.initializer[0]
     make_external(weight, "objects/ab", 4096, prepacked_0="x")
     assert is_external(weight)
-    assert external_entries(weight) == {"location": "objects/ab", "offset": "0", "length": "4096", "prepacked_0": "x"}
+    assert external_entries(weight) == {
+        "location": "objects/ab",
+        "offset": "0",
+        "length": "4096",
+        "prepacked_0": "x",
+    }
     assert not weight.int32_data
     assert not weight.raw_data
 
@@ -84,11 +105,15 @@ def test_a_weight_becomes_a_reference():
 def test_overridable_weights():
     assert [i.overridable for i in initializers(building.overridable())] == [True, False]
     old = building.chain(building.matrix(1), ir=3)
-    assert [i.overridable for i in initializers(old)] == [False], "before IR version 4 every weight is an input"
+    assert [i.overridable for i in initializers(old)] == [False], (
+        "before IR version 4 every weight is an input"
+    )
     assert "words" not in [i.tensor.name for i in initializers(building.strings())]
 
 
-@pytest.mark.parametrize(("name", "lifted"), [("constants", 3), ("body_outputs", 2), ("scan", 1), ("strings", 0), ("loop", 0)])
+@pytest.mark.parametrize(
+    ("name", "lifted"), [("constants", 3), ("body_outputs", 2), ("scan", 1), ("strings", 0), ("loop", 0)]
+)
 def test_lifting_constants_keeps_the_meaning(name, lifted):
     before = building.SHAPES[name]()
     after = building.edited(before, lambda m: None)
@@ -107,7 +132,10 @@ def test_what_is_lifted():
 
 
 def test_lifting_in_an_old_model_lists_the_weight_as_an_input():
-    nodes = [building.node("Constant", [], ["w"], value=building.tensor(building.matrix(1), "v")), building.node("MatMul", ["x", "w"], ["y"])]
+    nodes = [
+        building.node("Constant", [], ["w"], value=building.tensor(building.matrix(1), "v")),
+        building.node("MatMul", ["x", "w"], ["y"]),
+    ]
     proto = building.model(nodes, [building.floats("x")], [building.floats("y")], ir=3)
     before = building.edited(proto, lambda m: None)
     assert lift_constants(proto, 1024) == 1
@@ -128,9 +156,17 @@ def test_a_lifted_output_gets_a_name_that_nobody_has():
 
 @pytest.mark.parametrize(
     ("name", "renamed"),
-    [("same_names", {"w": 2}), ("nested", {"middle": 2}), ("shadowing_constant", {"w": 2}), ("half_beside_value", {"w": 2}),
-     ("inline", {}), ("loop", {}), ("overridable", {}), ("old_ir", {})],
-)  # fmt: skip
+    [
+        ("same_names", {"w": 2}),
+        ("nested", {"middle": 2}),
+        ("shadowing_constant", {"w": 2}),
+        ("half_beside_value", {"w": 2}),
+        ("inline", {}),
+        ("loop", {}),
+        ("overridable", {}),
+        ("old_ir", {}),
+    ],
+)
 def test_names_become_unique_and_the_meaning_stays(name, renamed):
     before = building.SHAPES[name]()
     after = building.edited(before, lambda m: None)
@@ -148,10 +184,14 @@ def test_renaming_reaches_the_bodies_below_and_stops_where_a_name_is_taken_again
     w = [building.tensor(building.matrix(seed), "w") for seed in (1, 2, 3)]
     reads = building.branch("reads", "p", [], [building.node("MatMul", ["x", "w"], ["p"])])
     owns = building.branch("owns", "q", [w[2]], [building.node("MatMul", ["x", "w"], ["q"])])
-    other = building.branch("other", "b", [w[1]], [building.node("If", ["inner"], ["b"], then_branch=reads, else_branch=owns)])
+    other = building.branch(
+        "other", "b", [w[1]], [building.node("If", ["inner"], ["b"], then_branch=reads, else_branch=owns)]
+    )
     then = building.branch("then", "a", [w[0]], [building.node("MatMul", ["x", "w"], ["a"])])
     inner = onnx.helper.make_tensor_value_info("inner", TensorProto.BOOL, [])
-    proto = building.model([building.if_node(then, other)], [building.FLAG, inner, building.floats("x")], [building.floats("y")])
+    proto = building.model(
+        [building.if_node(then, other)], [building.FLAG, inner, building.floats("x")], [building.floats("y")]
+    )
     after = building.edited(proto, lambda m: None)
     assert make_names_unique(after) == {"w": 3}
     x = building.matrix(9)
@@ -162,11 +202,17 @@ def test_renaming_reaches_the_bodies_below_and_stops_where_a_name_is_taken_again
 
 def test_a_renamed_weight_that_is_an_output_keeps_the_output():
     then = building.branch("then", "w", [building.tensor(building.matrix(1), "w")], [], (building.SIDE,) * 2)
-    other = building.branch("other", "w", [building.tensor(building.matrix(2), "w")], [], (building.SIDE,) * 2)
-    proto = building.model([building.if_node(then, other)], [building.FLAG], [building.floats("y", (building.SIDE,) * 2)])
+    other = building.branch(
+        "other", "w", [building.tensor(building.matrix(2), "w")], [], (building.SIDE,) * 2
+    )
+    proto = building.model(
+        [building.if_node(then, other)], [building.FLAG], [building.floats("y", (building.SIDE,) * 2)]
+    )
     make_names_unique(proto)
     for flag, seed in ((True, 1), (False, 2)):
-        np.testing.assert_array_equal(building.run_plain(proto, {"flag": np.array(flag)})["y"], building.matrix(seed))
+        np.testing.assert_array_equal(
+            building.run_plain(proto, {"flag": np.array(flag)})["y"], building.matrix(seed)
+        )
 
 
 def test_quantization_annotations_follow():
@@ -179,5 +225,9 @@ def test_quantization_annotations_follow():
         if scope.initializer:
             add(scope, "w")
     make_names_unique(proto)
-    found = [(s.quantization_annotation[0].tensor_name, s.initializer[0].name) for s in scopes(proto.graph) if s.initializer]
+    found = [
+        (s.quantization_annotation[0].tensor_name, s.initializer[0].name)
+        for s in scopes(proto.graph)
+        if s.initializer
+    ]
     assert found == [("w", "w"), ("w__2", "w__2")]

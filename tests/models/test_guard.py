@@ -19,7 +19,9 @@ def guarded(proto):
 def close(proto, lean, feeds, tolerance=1e-5):
     before, after = building.run_plain(proto, feeds), building.run_plain(lean, feeds)
     for name, array in before.items():
-        np.testing.assert_allclose(after[name].astype(np.float32), array.astype(np.float32), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            after[name].astype(np.float32), array.astype(np.float32), rtol=tolerance, atol=tolerance
+        )
 
 
 def kinds(proto):
@@ -30,7 +32,12 @@ def kinds(proto):
 def test_a_scale_moves_behind_its_matmul(scale):
     proto = building.quantized(scale)
     lean, report = guarded(proto)
-    assert (report.weights, report.stored, report.folded, report.rewritten) == (["w"], 512 * 32, 4 * 512 * 32, 1)
+    assert (report.weights, report.stored, report.folded, report.rewritten) == (
+        ["w"],
+        512 * 32,
+        4 * 512 * 32,
+        1,
+    )
     assert [kind for kind in kinds(lean) if kind != "Reshape"] == ["Cast", "MatMul", "Mul"]
     close(proto, lean, building.feeds_for(proto))
 
@@ -85,7 +92,10 @@ def test_a_guarded_weight_is_overridable_so_nothing_folds_it():
     assert [value.name for value in session.get_overridable_initializers()] == ["w"]
 
 
-@pytest.mark.parametrize("proto", [building.inline(), building.raw_int4(), building.typed(TensorProto.FLOAT16), building.constants()])
+@pytest.mark.parametrize(
+    "proto",
+    [building.inline(), building.raw_int4(), building.typed(TensorProto.FLOAT16), building.constants()],
+)
 def test_small_and_wide_weights_are_left_alone(proto):
     lean, report = guarded(proto)
     assert not report.weights

@@ -26,9 +26,16 @@ def test_what_is_twice_and_what_is_shared(store, tmp_path):
     b = building.save(building.chain(building.matrix(1), building.matrix(2)), tmp_path / "b.onnx")
     found = inspect([a, b])
     first, second = found.models
-    assert [[w.name for w in group] for group in first.duplicates] == [["schicht/größe:0", "层/重み 😀", "flat"]]
+    assert [[w.name for w in group] for group in first.duplicates] == [
+        ["schicht/größe:0", "层/重み 😀", "flat"]
+    ]
     assert second.duplicates == []
-    assert (first.bytes, sum(first.distinct.values()), found.bytes, found.distinct_bytes) == (12288, 4096, 5 * 4096, 8192)
+    assert (first.bytes, sum(first.distinct.values()), found.bytes, found.distinct_bytes) == (
+        12288,
+        4096,
+        5 * 4096,
+        8192,
+    )
     assert found.shared() == {(str(a), str(b)): 4096}
     assert first.by_dtype == {"float": (3, 12288)}
     assert inspect(b).models == (second,)

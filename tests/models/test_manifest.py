@@ -5,7 +5,16 @@ import pytest
 from glake_infer.allocators.errors import GlakeError, PackageError, UnsupportedVersionError
 from glake_infer.digest import digest_of
 from glake_infer.models import manifest as module
-from glake_infer.models.manifest import Manifest, Run, Source, Value, Variant, Weight, read_manifest, run_digest
+from glake_infer.models.manifest import (
+    Manifest,
+    Run,
+    Source,
+    Value,
+    Variant,
+    Weight,
+    read_manifest,
+    run_digest,
+)
 
 A, B, C = (digest_of(bytes([i])) for i in range(3))
 
@@ -15,7 +24,9 @@ def weight(name, digest=A, size=4096):
 
 
 def run(first, *weights):
-    return Run(first=first, count=len(weights), bytes=sum(w.bytes for w in weights), digest=run_digest(weights))
+    return Run(
+        first=first, count=len(weights), bytes=sum(w.bytes for w in weights), digest=run_digest(weights)
+    )
 
 
 WEIGHTS = (weight("a"), weight("b", B), weight("again", A))
@@ -36,7 +47,9 @@ def make(**changes):
 
 def write(folder, content):
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    (folder / "manifest.json").write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
+    )
     return folder
 
 
@@ -67,7 +80,16 @@ def test_the_format():
         "inputs": [{"name": "x", "dtype": "float", "shape": ["n", None, 3]}],
         "outputs": [{"name": "y", "dtype": "float", "shape": None}],
         "variants": {"onnx": {"graph": "graph.onnx", "digest": C, "purpose": "p"}},
-        "weights": [{"name": "a", "digest": A, "bytes": 4096, "dtype": "float", "shape": [32, 32], "overridable": False}],
+        "weights": [
+            {
+                "name": "a",
+                "digest": A,
+                "bytes": 4096,
+                "dtype": "float",
+                "shape": [32, 32],
+                "overridable": False,
+            }
+        ],
         "runs": [{"first": 0, "count": 1, "bytes": 4096, "digest": digest_of(A.encode())}],
         "notes": [],
         "identity": content["identity"],
@@ -128,17 +150,25 @@ def test_an_altered_manifest_is_noticed(tmp_path, content, change):
 
 def test_a_newer_version_says_so_whatever_else_is_new(tmp_path, content):
     content.update(version=2, weights="elsewhere", more=[])
-    with pytest.raises(UnsupportedVersionError, match="format version 2; this glake-infer reads up to version 1.*pip install -U"):
+    with pytest.raises(
+        UnsupportedVersionError,
+        match=r"format version 2; this glake-infer reads up to version 1.*pip install -U",
+    ):
         read_manifest(write(tmp_path / "p", content))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe\x00", "not valid JSON"), (b"[" * 200_000, "not valid JSON"),
-        (b"[]", "'format' is not"), (b"null", "'format' is not"), (b'{"format": "zip"}', "'format' is not"),
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
+        (b"[]", "'format' is not"),
+        (b"null", "'format' is not"),
+        (b'{"format": "zip"}', "'format' is not"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_manifest(tmp_path, data, message):
     with pytest.raises(PackageError, match=message):
         read_manifest(write(tmp_path / "p", data))

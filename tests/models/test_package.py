@@ -57,7 +57,10 @@ def test_a_sound_package(package, store):
 
 def test_a_missing_weight(package, store):
     object_of(package, store, 1).unlink()
-    with pytest.raises(gi.PackageError, match=r"the weight 'w1' of .*model.glake is missing.*Convert model.onnx again.*GLAKE_STORE"):
+    with pytest.raises(
+        gi.PackageError,
+        match=r"the weight 'w1' of .*model.glake is missing.*Convert model.onnx again.*GLAKE_STORE",
+    ):
         Package(package).check_present()
     convert(package.with_suffix(".onnx"))
     Package(package).check_present()
@@ -65,7 +68,9 @@ def test_a_missing_weight(package, store):
 
 def test_a_short_weight(package, store):
     os.truncate(object_of(package, store, 1), 4095)
-    with pytest.raises(gi.PackageError, match=r"the weight 'w1' .* is short in the store.*should hold 4096 bytes"):
+    with pytest.raises(
+        gi.PackageError, match=r"the weight 'w1' .* is short in the store.*should hold 4096 bytes"
+    ):
         Package(package).check_present()
     convert(package.with_suffix(".onnx"))
     Package(package).check_present()
@@ -81,7 +86,9 @@ def test_a_weight_changed_on_disk_names_all_packages_it_hurts(package, store, tm
     if hidden:  # somebody restored the file's times: only reading the bytes tells
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         Package(package).check_present()
-    message = r"the weight 'w0' was changed on disk: .*Hurt: .*/model.glake, .*/other.glake\. .*store verify --remove"
+    message = (
+        r"the weight 'w0' was changed on disk: .*Hurt: .*/model.glake, .*/other.glake.*store verify --remove"
+    )
     with pytest.raises(gi.DigestMismatchError, match=message):
         list(Package(package).verify())
     with pytest.raises(gi.DigestMismatchError, match=message):
@@ -97,7 +104,13 @@ def test_a_weight_changed_on_disk_names_all_packages_it_hurts(package, store, tm
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda d: b"", lambda d: d[:-1], lambda d: d + b"x", lambda d: d.replace(b"MatMul", b"MatMuI", 1), lambda d: d[:50] + b"\0" + d[51:]],
+    [
+        lambda d: b"",
+        lambda d: d[:-1],
+        lambda d: d + b"x",
+        lambda d: d.replace(b"MatMul", b"MatMuI", 1),
+        lambda d: d[:50] + b"\0" + d[51:],
+    ],
 )
 def test_an_altered_graph(package, damage):
     (package / "graph.onnx").write_bytes(damage((package / "graph.onnx").read_bytes()))
@@ -165,7 +178,9 @@ def test_a_graph_that_does_not_fit_its_manifest(package, change, message):
 
 
 def test_a_package_from_another_store(package, tmp_path):
-    with pytest.raises(gi.PackageError, match=r"'w0' .* is missing .*set GLAKE_STORE to it \(now .*elsewhere\)"):
+    with pytest.raises(
+        gi.PackageError, match=r"'w0' .* is missing .*set GLAKE_STORE to it \(now .*elsewhere\)"
+    ):
         Package(package, gi.Store(tmp_path / "elsewhere")).check_present()
 
 

@@ -5,7 +5,7 @@ import building
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 
 import glake_infer as gi
 from glake_infer.digest import digest_of, digest_of_file
@@ -45,8 +45,14 @@ def folder(tmp_path, store):
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "not an ONNX model"),
         (bytes(1000), "not an ONNX model"),
         (b"\x08\x0a", "holds no graph"),
-        (onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(name="g")).SerializeToString(), "holds no graph"),
-        (onnx.ModelProto(ir_version=10, graph=building.inline().graph).SerializeToString(), "declares no opset"),
+        (
+            onnx.ModelProto(ir_version=10, graph=onnx.GraphProto(name="g")).SerializeToString(),
+            "holds no graph",
+        ),
+        (
+            onnx.ModelProto(ir_version=10, graph=building.inline().graph).SerializeToString(),
+            "declares no opset",
+        ),
     ],
 )
 def test_what_is_no_model(folder, data, message):
@@ -89,13 +95,19 @@ def test_unknown_opsets_and_operators_are_named(folder):
     def opset(domain, version):
         return lambda m: m.opset_import.append(helper.make_opsetid(domain, version))
 
-    check(lambda m: setattr(m.opset_import[0], "version", 999), "opset 999 of the domain 'ai.onnx'.*pip install -U onnx")
+    check(
+        lambda m: setattr(m.opset_import[0], "version", 999),
+        "opset 999 of the domain 'ai.onnx'.*pip install -U onnx",
+    )
     check(opset("ai.onnx.ml", 99), "opset 99 of the domain 'ai.onnx.ml'")
     check(lambda m: setattr(m.graph.node[0], "op_type", "MatMull"), "unknown operator MatMull .*'h0'")
     check(lambda m: setattr(m.graph.node[0], "op_type", "Gelu"), "unknown operator Gelu .*opset 17")
     check(lambda m: setattr(m.graph.node[0], "op_type", "Upsample"), "unknown operator Upsample")
     check(lambda m: setattr(m.graph.node[0], "domain", "com.acme"), "unknown operator com.acme:MatMul")
-    check(lambda m: setattr(m.graph.node[0], "domain", "ai.onnx.ml"), "imports no opset of the domain 'ai.onnx.ml'")
+    check(
+        lambda m: setattr(m.graph.node[0], "domain", "ai.onnx.ml"),
+        "imports no opset of the domain 'ai.onnx.ml'",
+    )
     check(lambda m: m.graph.node[0].ClearField("output"), "operator MatMul .* 2 inputs and 0 outputs")
     check(lambda m: m.graph.node[0].ClearField("input"), "operator MatMul .* 0 inputs and 1 outputs")
 
@@ -107,7 +119,9 @@ def test_an_unknown_operator_in_a_body_or_a_function_is_found(folder):
     inner.node[0].op_type = "Nonesuch"
     refused(building.save(proto, folder / "a.onnx"), "unknown operator Nonesuch")
     proto = building.functions("initializer")
-    next(a.g for a in proto.functions[0].node[1].attribute if a.name == "else_branch").node[0].op_type = "Nonesuch"
+    next(a.g for a in proto.functions[0].node[1].attribute if a.name == "else_branch").node[
+        0
+    ].op_type = "Nonesuch"
     refused(building.save(proto, folder / "b.onnx"), "unknown operator Nonesuch")
 
 
@@ -186,10 +200,14 @@ def test_a_link_within_the_folder_is_fine(folder):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("offset", "many", "which are not numbers"), ("offset", "-1", "offset -1"), ("length", "5", "length 5, but its shape"),
-        ("length", "9" * 5000, "not numbers"), ("offset", "999999", "is short: .*weights.bin ends at byte"), ("offset", str(1 << 70), "is short"),
+        ("offset", "many", "which are not numbers"),
+        ("offset", "-1", "offset -1"),
+        ("length", "5", "length 5, but its shape"),
+        ("length", "9" * 5000, "not numbers"),
+        ("offset", "999999", "is short: .*weights.bin ends at byte"),
+        ("offset", str(1 << 70), "is short"),
     ],
-)  # fmt: skip
+)
 def test_wrong_ranges(folder, key, value, message):
     refused(edit_entry(building.with_external(building.inline(), folder), key, value), message)
 
@@ -223,7 +241,9 @@ def test_external_tensors_that_are_no_weights_come_into_the_graph(folder, tmp_pa
     proto = building.sparse()
     sparse = proto.graph.sparse_initializer[0]
     big = building.tensor(np.arange(300, dtype=np.int64), "v")
-    proto.graph.node.append(building.node("Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(big, big, [300])))
+    proto.graph.node.append(
+        building.node("Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(big, big, [300]))
+    )
     values = proto.graph.node[-1].attribute[0].sparse_tensor.values
     data = bytearray()
     for tensor in (sparse.values, sparse.indices, values):
@@ -239,14 +259,17 @@ def test_external_tensors_that_are_no_weights_come_into_the_graph(folder, tmp_pa
     before = building.sparse()
     feeds = building.feeds_for(before)
     np.testing.assert_array_equal(
-        building.run_plain(tmp_path / "out" / "model.onnx", feeds)["y"], building.run_plain(before, feeds)["y"]
+        building.run_plain(tmp_path / "out" / "model.onnx", feeds)["y"],
+        building.run_plain(before, feeds)["y"],
     )
 
 
 # Damage of any kind
 
 
-@pytest.mark.parametrize("name", ["nested", "quantized", "strings", "function_initializer", "external", "sparse"])
+@pytest.mark.parametrize(
+    "name", ["nested", "quantized", "strings", "function_initializer", "external", "sparse"]
+)
 def test_damaged_bytes_give_our_errors_only(folder, name):
     """50 seeded cuts and changes of single bytes of each model."""
     rng = random.Random(name)
@@ -255,7 +278,9 @@ def test_damaged_bytes_give_our_errors_only(folder, name):
     else:
         path = building.save(building.SHAPES[name](), folder / "model.onnx")
     data = path.read_bytes()
-    weights = [w.raw_data for w in onnx.load_model_from_string(data).graph.initializer if len(w.raw_data) > 64]
+    weights = [
+        w.raw_data for w in onnx.load_model_from_string(data).graph.initializer if len(w.raw_data) > 64
+    ]
     inside = [data.index(raw) for raw in weights]
     for number in range(50):
         changed = bytearray(data)
