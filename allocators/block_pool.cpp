@@ -82,6 +82,7 @@ Block* BlockPool::assemble(std::size_t bytes) {
     }
   }
   const bool stitched = !gathering.chunks.empty();
+  if (gathering.chunks.size() == most_gathered) consolidate(missing);
   if (reserved_ + missing > limit_) destroy_idle(reserved_ + missing - limit_);
   while (missing != 0) {
     const std::size_t chunk_bytes = std::max(granule_, std::min(std::bit_floor(missing), largest_chunk));
@@ -218,6 +219,20 @@ std::size_t BlockPool::destroy_idle(std::size_t bytes) noexcept {
     destroy_chunk(*victim);
   }
   return done;
+}
+
+// Gives idle chunks of at most `bytes` back, smallest first, up to `bytes` in all: they could have served
+// but are too many to be mapped one by one, and a new chunk will take their place. Without this a
+// request that grows a little each time (a cache of keys and values) would strand ever more small ones.
+void BlockPool::consolidate(std::size_t bytes) noexcept {
+  std::size_t done = 0;
+  for (std::size_t level = 0; level < idle_.size(); ++level) {
+    const std::size_t chunk_bytes = granule_ << level;
+    while (done + chunk_bytes <= bytes && !idle_[level].empty()) {
+      destroy_chunk(*idle_[level].front());
+      done += chunk_bytes;
+    }
+  }
 }
 
 bool BlockPool::pin(std::size_t bytes) noexcept {

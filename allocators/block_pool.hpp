@@ -27,7 +27,7 @@ class BlockPool {
   // A larger idle block serves a request if it wastes at most 1/8 of the request.
   static constexpr std::size_t waste_divisor = 8;
   // A block is stitched from at most this many idle chunks: mapping costs are per chunk, and above
-  // this a new chunk is cheaper.
+  // this a new chunk is cheaper. It replaces the small ones.
   static constexpr std::size_t most_gathered = 64;
   // Bounds of the cache of inactive mappings, least recently used out first.
   static constexpr std::size_t most_inactive_blocks = 1024;
@@ -99,6 +99,7 @@ class BlockPool {
   void destroy_block(Block& block) noexcept;
   void destroy_chunk(Chunk& chunk) noexcept;
   std::size_t destroy_idle(std::size_t bytes) noexcept;
+  void consolidate(std::size_t bytes) noexcept;
   void bound_cache() noexcept;
 
   VirtualMemory& memory_;

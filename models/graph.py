@@ -208,7 +208,8 @@ def make_names_unique(model: ModelProto) -> dict[str, int]:
     ONNX Runtime's AddInitializer matches by name in every scope at once, so two branches that both call a
     weight `w` would silently get the same one. ORT also makes initializers of `Constant` nodes and of sparse
     tensors, and the guard moves weights to the main graph, so the names of all values count. The first weight
-    keeps its name (inputs can never be renamed: they are in the main graph, which comes first).
+    keeps its name (inputs can never be renamed: they are in the main graph, which comes first). Raises
+    ModelError where one scope has two weights of one name.
     """
     taken = _all_names(model)
     seen: set[str] = set()
@@ -250,7 +251,14 @@ def _rename_scope(
     renames = {old: new for old, new in outer.items() if old not in own}
     inputs = {value.name for value in scope.input}
     outputs = {value.name for value in scope.output}
+    here: set[str] = set()
     for tensor in scope.initializer:
+        if tensor.name in here:
+            raise ModelError(
+                f"two weights of the graph {scope.name!r} have the name {tensor.name!r}, so it is not clear "
+                f"which one is meant. The model is damaged; export it again."
+            )
+        here.add(tensor.name)
         if tensor.name not in seen or tensor.name in inputs:
             seen.add(tensor.name)
             continue

@@ -272,6 +272,7 @@ def _run_all(loaded: Sequence[_Loaded], repeat: int, threads: int) -> None:
         for thread in workers:
             thread.join()
     finally:  # Ctrl-C: runs in flight end, no new ones begin
+        stop.set()
         for thread in workers:
             thread.join()
     if errors:

@@ -176,12 +176,42 @@ def test_chunks_that_do_not_fit_are_given_back_at_the_limit():
     pool.deallocate(address)
 
 
-def test_the_cache_of_mappings_is_bounded(pool):
-    for size in range(2000):
-        pool.deallocate(pool.allocate(MiB + size * GRANULE))
-    stats = pool.stats()
-    assert stats["blocks"] <= 1024
+def test_the_cache_of_mappings_is_bounded():
+    pool = _native.Pool(1024 * MiB)
+    ladder = [pool.allocate(GRANULE << rung) for rung in range(4, 11)]
+    ladder += [pool.allocate(MiB + GRANULE * 15) for _ in range(4)]  # and the small rungs
+    for address in ladder:
+        pool.deallocate(address)
+    for step in range(1500):  # every size is a new block over the same chunks
+        pool.deallocate(pool.allocate(16 * MiB + step * GRANULE))
+    assert pool.stats()["blocks"] <= 1024
     pool.check_invariants()
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["alone", "old and new"])
+def test_a_request_that_grows_each_time_strands_no_memory(pool, kept):
+    live = []
+    for step in range(1000):
+        live.append(pool.allocate(MiB + step * GRANULE))
+        while len(live) > kept:
+            pool.deallocate(live.pop(0))
+    stats = pool.stats()
+    assert stats["peak_reserved"] <= stats["peak_active"] * 1.1
+    for address in live:
+        pool.deallocate(address)
+
+
+def test_random_sizes_strand_little_memory(pool):
+    rng = random.Random(3)
+    live = []
+    for _ in range(3000):
+        if len(live) > 6:
+            pool.deallocate(live.pop(rng.randrange(len(live))))
+        live.append(pool.allocate(random_size(rng, 16 * MiB)))
+    stats = pool.stats()
+    assert stats["peak_reserved"] <= stats["peak_active"] * 1.15
+    for address in live:
+        pool.deallocate(address)
 
 
 def test_many_small_chunks_are_not_stitched_one_by_one(pool):

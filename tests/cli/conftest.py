@@ -12,6 +12,14 @@ import glake_infer as gi
 from glake_infer.models import zoo
 
 
+class Process(subprocess.Popen):
+    """A process that does not outlive its `with`, whatever the test in it finds."""
+
+    def __exit__(self, *error):
+        self.kill()
+        super().__exit__(*error)
+
+
 class Shop:
     """A folder with two small encoders of one trunk (a, b), ONNX and packages, and a store of its own."""
 
@@ -23,7 +31,7 @@ class Shop:
         command = [sys.executable, "-m", "glake_infer.cli", *map(str, arguments)]
         environment = {**os.environ, "GLAKE_STORE": str(self.store.root), "COLUMNS": "80", **(env or {})}
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen(command, env=environment, cwd=self.folder, text=True, **options)
+        return Process(command, env=environment, cwd=self.folder, text=True, **options)
 
     def run(self, *arguments, code=0, env=None):
         """Run a command; returns (stdout, stderr) of one that ends with `code`."""

@@ -25,7 +25,7 @@ def test_a_closed_pipe_is_quiet(shop):
     with shop.start("store", "ls", stdout=writer) as process:
         os.close(writer)
         assert process.stderr.read() == ""
-    assert process.returncode == 141
+        assert process.wait(timeout=30) == 141
 
 
 def _wait_for(condition, process):

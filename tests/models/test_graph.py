@@ -200,6 +200,19 @@ def test_renaming_reaches_the_bodies_below_and_stops_where_a_name_is_taken_again
         np.testing.assert_allclose(found, x @ building.matrix(seed), rtol=1e-4, atol=1e-5)
 
 
+def test_renaming_stops_where_a_body_computes_a_value_of_that_name():
+    own = [building.node("Neg", ["x"], ["w"]), building.node("Add", ["w", "w"], ["p"])]
+    computes = building.branch("computes", "p", [], own)
+    reads = building.branch("reads", "q", [], [building.node("MatMul", ["x", "w"], ["q"])])
+    weight = building.tensor(building.matrix(1), "w")
+    nodes = [building.node("If", ["flag"], ["y"], then_branch=computes, else_branch=reads)]
+    proto = building.model(nodes, [building.FLAG, building.floats("x")], [building.floats("y")], [weight])
+    assert make_names_unique(proto) == {"w": 2}
+    assert list(computes.node) == [n for s in scopes(proto.graph) if s.name == "computes" for n in s.node]
+    (reading,) = next(s for s in scopes(proto.graph) if s.name == "reads").node
+    assert list(reading.input) == ["x", "w__2"] == ["x", proto.graph.initializer[0].name]
+
+
 def test_a_renamed_weight_that_is_an_output_keeps_the_output():
     then = building.branch("then", "w", [building.tensor(building.matrix(1), "w")], [], (building.SIDE,) * 2)
     other = building.branch(
@@ -213,6 +226,13 @@ def test_a_renamed_weight_that_is_an_output_keeps_the_output():
         np.testing.assert_array_equal(
             building.run_plain(proto, {"flag": np.array(flag)})["y"], building.matrix(seed)
         )
+
+
+def test_two_weights_of_one_name_in_one_scope_are_refused():
+    proto = building.chain(building.matrix(1), building.matrix(2))
+    proto.graph.initializer[1].name = "w0"
+    with pytest.raises(ModelError, match="two weights of the graph 'g' have the name 'w0'"):
+        make_names_unique(proto)
 
 
 def test_quantization_annotations_follow():
