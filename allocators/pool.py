@@ -26,7 +26,7 @@ from .errors import (
 from .sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     from . import _native
 

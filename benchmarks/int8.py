@@ -35,7 +35,10 @@ def main() -> None:
             load(package, sharing=sharing, store=store).close()
             feeds = real_models.feeds(model)
             result = compare(source, package, feeds, store, sharing, rounds=30)
-            memory = {role: memory_of(role, source if role == "plain" else package, feeds, store) for role in (sharing, "plain")}
+            memory = {
+                role: memory_of(role, source if role == "plain" else package, feeds, store)
+                for role in (sharing, "plain")
+            }
             record(
                 "int8",
                 {
@@ -45,7 +48,9 @@ def main() -> None:
                     "twin": "plain",
                     **{f"{key}_per_weights": value / weights for key, value in memory[sharing].items()},
                     **{f"{key}_per_weights_twin": value / weights for key, value in memory["plain"].items()},
-                    "latency_ratios": {str(case["shapes"]["input_ids"]): case["ratio"] for case in result["cases"]},
+                    "latency_ratios": {
+                        str(case["shapes"]["input_ids"]): case["ratio"] for case in result["cases"]
+                    },
                     "difference": result["difference"],
                 },
             )
@@ -55,7 +60,12 @@ def memory_of(role: str, path: Path, feeds: list[dict[str, Any]], store: Store) 
     """Private and total memory after all feeds and a trim, and the private peak while the first feed runs."""
     with tempfile.TemporaryDirectory() as scratch, Child(role, store) as child:
         file = Path(scratch) / "feeds.npz"
-        np.savez(file, **{f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()})
+        np.savez(
+            file,
+            **{
+                f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()
+            },
+        )
         before = measure(child.pid)
         child.begin([str(path)], file, lambda *_: None)
         for _ in range(3):
@@ -80,4 +90,8 @@ def memory_of(role: str, path: Path, feeds: list[dict[str, Any]], store: Store) 
         child.ask("trim")
         child.measure()
         after = measure(child.pid)
-        return {"private": after.private - before.private, "total": after.total - before.total, "peak_private": peak}
+        return {
+            "private": after.private - before.private,
+            "total": after.total - before.total,
+            "peak_private": peak,
+        }

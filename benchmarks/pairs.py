@@ -12,11 +12,18 @@ from glake_infer.process_memory import measure
 from glake_infer.store import Store
 
 
-def compare(model: Path, package: Path, feeds: list[dict[str, Any]], store: Store, sharing: str, rounds: int) -> dict[str, Any]:
+def compare(
+    model: Path, package: Path, feeds: list[dict[str, Any]], store: Store, sharing: str, rounds: int
+) -> dict[str, Any]:
     """Memory after loading and running everything, per-feed latencies and their paired ratios, output differences."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "feeds.npz"
-        np.savez(file, **{f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()})
+        np.savez(
+            file,
+            **{
+                f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()
+            },
+        )
         with Child("plain", store) as plain, Child(sharing, store) as ours:
             before = {child.role: measure(child.pid) for child in (plain, ours)}
             plain.begin([str(model)], file, _quiet)
@@ -29,13 +36,17 @@ def compare(model: Path, package: Path, feeds: list[dict[str, Any]], store: Stor
                     order = (plain, ours) if turn % 2 else (ours, plain)
                     answers = {child.role: child.ask("run", model=0, feed=number) for child in order}
                     if turn == 0:
-                        for a, b in zip(answers["plain"]["outputs"], answers[sharing]["outputs"], strict=True):
+                        for a, b in zip(
+                            answers["plain"]["outputs"], answers[sharing]["outputs"], strict=True
+                        ):
                             difference = max(difference, float(np.max(np.abs(np.subtract(a, b)), initial=0)))
                     elif turn > 1:
                         for role, answer in answers.items():
                             times[role].append(answer["seconds"])
                     for child in (plain, ours):
-                        peak[child.role] = max(peak[child.role], measure(child.pid).private - before[child.role].private)
+                        peak[child.role] = max(
+                            peak[child.role], measure(child.pid).private - before[child.role].private
+                        )
                 ratios = [mine / theirs for mine, theirs in zip(times[sharing], times["plain"], strict=True)]
                 cases.append(
                     {
@@ -52,7 +63,10 @@ def compare(model: Path, package: Path, feeds: list[dict[str, Any]], store: Stor
                 child.measure()
             after = {child.role: measure(child.pid) for child in (plain, ours)}
     memory = {
-        role: {part: getattr(after[role], part) - getattr(before[role], part) for part in ("total", "private", "files")}
+        role: {
+            part: getattr(after[role], part) - getattr(before[role], part)
+            for part in ("total", "private", "files")
+        }
         for role in after
     }
     return {

@@ -9,7 +9,6 @@ Source: proc(5), /proc/PID/smaps and /proc/PID/fd.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def _memfd_bytes(pid: int | str) -> int:
     found: dict[int, int] = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
-            if os.readlink(entry).startswith(MEMFD):
+            if str(entry.readlink()).startswith(MEMFD):
                 status = entry.stat()
                 found[status.st_ino] = status.st_blocks * 512
     return sum(found.values())

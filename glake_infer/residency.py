@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from glake_infer.allocators.errors import StoreError
@@ -55,7 +56,7 @@ class Residency:
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.RLock()
 
-    _tables: WeakKeyDictionary[Pool, Residency] = WeakKeyDictionary()
+    _tables: ClassVar[WeakKeyDictionary[Pool, Residency]] = WeakKeyDictionary()
     _tables_lock = threading.Lock()
 
     @classmethod

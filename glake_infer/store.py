@@ -163,10 +163,7 @@ class ObjectFolder:
                         f"when nothing writes to it."
                     )
                 os.utime(temporary, (SEALED, SEALED))
-                with contextlib.suppress(
-                    FileExistsError
-                ):  # somebody else was faster: keep theirs, it may be mapped
-                    path.hardlink_to(temporary)
+                _publish(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -188,6 +185,19 @@ class ObjectFolder:
     def temporaries(self) -> Iterator[Path]:
         """What killed processes left; only meaningful under the exclusive lock."""
         yield from self.root.glob("[0-9a-f][0-9a-f]/.*.tmp")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a complete file its name; where somebody else was faster theirs stays, it may be mapped already."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if not path.exists():  # a file system without hard links: the last of two that are equally fast wins
+            temporary.replace(path)
 
 
 def _write_all(fd: int, view: memoryview) -> Iterator[int]:

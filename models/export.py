@@ -6,6 +6,7 @@ weight, in that order. Its digests are checked while it is read, so a damaged do
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -17,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import onnx
 from blake3 import blake3
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, helper
 
 from glake_infer.allocators.errors import DigestMismatchError, InputError, PackageError
 from glake_infer.digest import PIECE, Buffer, digest_of, is_digest, pieces_of
@@ -26,6 +30,9 @@ from glake_infer.models.manifest import Manifest, read_manifest
 from glake_infer.models.package import SUFFIX, Package, check_target, write_package
 from glake_infer.models.source import MAXIMUM_PROTOBUF
 from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
+
+EXPORTED = "glake-infer.exported"
+"""Metadata of an exported model: the identity of its package."""
 
 ALIGNMENT = 4096
 """Weights of at least this size begin at a multiple of it in the data file, so that ORT can map them."""
@@ -52,8 +59,9 @@ def export(
     """Write the package as `folder/NAME.onnx` with its weights in `folder/NAME.onnx.data`, for any ONNX tool.
 
     Each distinct weight is written once; its bytes are checked on the way. The folder is made where it is
-    missing; files of other names in it are left alone. Raises PackageError, DigestMismatchError or
-    StorageFullError; an earlier export in `folder` is replaced only when the new one is complete.
+    missing; files of other names in it are left alone. An earlier export is replaced, only when the new one is
+    complete; a model of that name from elsewhere is refused. Raises InputError, PackageError,
+    DigestMismatchError or StorageFullError.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -64,7 +72,9 @@ def export(
         opened.check_present()
         name = opened.path.resolve().name.removesuffix(SUFFIX)
         model, data = f"{name}.onnx", f"{name}.onnx.data"
+        _check_replaceable(folder / model)
         graph = opened.graph()
+        helper.set_model_props(graph, {**_properties(graph), EXPORTED: opened.manifest.identity})
         external = [item.tensor for item in initializers(graph) if is_external(item.tensor)]
         weights = {weight.name: weight for weight in opened.manifest.weights}
         offsets: dict[str, int] = {}
@@ -100,6 +110,22 @@ def export(
                 if made and not any(folder.iterdir()):
                     folder.rmdir()
     return ExportReport(str(folder / model), len(external), position)
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise InputError where `path` is not an earlier export: it may be the very model that was converted."""
+    if not path.exists():
+        return
+    with contextlib.suppress(DecodeError, OSError):
+        if EXPORTED in _properties(onnx.load(path, load_external_data=False)):
+            return
+    raise InputError(
+        f"{path} exists and was not exported by glake-infer: it was left alone. Choose another folder with -o."
+    )
+
+
+def _properties(model: ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def export_archive(

@@ -117,7 +117,7 @@ def make_external(tensor: TensorProto, location: str, length: int, **more: str) 
         "uint64_data",
         "string_data",
     ):
-        tensor.ClearField(field)  # type: ignore[arg-type]
+        tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
     del tensor.external_data[:]
     for key, value in {"location": location, "offset": "0", "length": str(length), **more}.items():

@@ -20,12 +20,13 @@ import onnx
 
 from glake_infer.allocators.attach import Initializer, import_onnxruntime
 from glake_infer.allocators.errors import (
+    DigestMismatchError,
     DriverError,
     GlakeError,
     InputError,
     ModelError,
     OutOfMemoryError,
-    StorageFullError,
+    StoreError,
 )
 from glake_infer.allocators.pool import Pool
 from glake_infer.models.graph import initializers, is_external
@@ -83,7 +84,7 @@ class Model:
     @property
     def name(self) -> str:
         """The package's folder name without `.glake`."""
-        return self.package.path.name.removesuffix(".glake")
+        return self.package.path.resolve().name.removesuffix(".glake")
 
     @property
     def inputs(self) -> list[Value]:
@@ -113,7 +114,9 @@ class Model:
                 own += size
         return ModelMemory(shared, own, self._private)
 
-    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
         """Run the model on `feeds` (name -> array) and return name -> array, in the order of `outputs`.
 
         The arrays are yours: they hold none of the pool's memory and outlive the model.
@@ -122,7 +125,9 @@ class Model:
         """
         names = [value.name for value in self._outputs] if outputs is None else list(outputs)
         if unknown := set(names) - {value.name for value in self._outputs}:
-            raise InputError(f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}.")
+            raise InputError(
+                f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}."
+            )
         checked = check_feeds(self._inputs, self._optional, feeds)
         with self._in_flight(), session_errors(self.pool, f"running {self.name}"):
             results = self.session.run(names, checked)
@@ -142,7 +147,9 @@ class Model:
     def _in_flight(self) -> Iterator[None]:
         with self._condition:
             if self._closed:
-                raise GlakeError(f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool).")
+                raise GlakeError(
+                    f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
+                )
             self._running += 1
         try:
             yield
@@ -154,7 +161,9 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -195,26 +204,26 @@ def load(
     a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError; nothing
     stays loaded after an error.
     """
-    ort = import_onnxruntime()
+    runtime = import_onnxruntime()
     if sharing not in ("fast", "lean"):
         raise InputError(f"sharing={sharing!r}: expected 'fast' or 'lean'.")
     levels = {
-        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "all": runtime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+        "extended": runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "basic": runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "disable": runtime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     }
     if optimization not in levels:
         raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
 
     def options() -> ort.SessionOptions:
-        made = ort.SessionOptions()
+        made: ort.SessionOptions = runtime.SessionOptions()
         if threads is not None:
             made.intra_op_num_threads = threads
         made.graph_optimization_level = levels[optimization]
         if sharing == "lean":
             # A weight is cast right before its use, not all of them at the start (34 -> 6 MiB on an int8 MiniLM).
-            made.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            made.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
             made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
         if configure:
             configure(made)
@@ -239,14 +248,26 @@ def load(
     raise AssertionError("unreachable")
 
 
-def _prepared(model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]) -> Prepared:
+def _prepared(
+    model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
+) -> Prepared:
     """The prepared graph; where this machine cannot keep one, the package's own with the weights as they are."""
     package = model.package
     try:
         with session_errors(model.pool, f"preparing {model.name}"):
-            return prepare(package, variant, prepack=model.sharing == "fast", level=optimization, session_options=options)
-    except StorageFullError as error:
-        model.notes = (*model.notes, f"not prepared, so ONNX Runtime keeps private copies: {error}")
+            return prepare(
+                package, variant, prepack=model.sharing == "fast", level=optimization, session_options=options
+            )
+    except DigestMismatchError:
+        raise
+    except (
+        ModelError,
+        StoreError,
+    ) as error:  # a full or read-only disk, or a graph that ORT cannot save (sparse)
+        model.notes = (
+            *model.notes,
+            f"not prepared, so ONNX Runtime keeps private copies of what it derives: {error}",
+        )
     graph = package.graph(variant)
     digests = {weight.name: weight for weight in package.manifest.weights}
     weights = tuple(
@@ -268,10 +289,11 @@ def _own(result: Any) -> Any:
 
 
 def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions) -> None:
-    ort = import_onnxruntime()
+    runtime = import_onnxruntime()
     store = model.package.store
     wanted = [
-        Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects) for w in prepared.weights
+        Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects)
+        for w in prepared.weights
     ]
     pool, residency, number = model.pool, model._residency, model._number
     check_limit(pool, residency, wanted)
@@ -281,18 +303,24 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
         graph = onnx.load_model_from_string(prepared.graph)
         tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
         injected = [
-            Initializer(w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims))
+            Initializer(
+                w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims)
+            )
             for w in prepared.weights
             if w.injected
         ]
         if prepared.optimized:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(store.root))
-        options.add_session_config_entry("session.disable_prepacking", "1" if model.sharing == "lean" else "0")
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(store.root)
+        )
+        options.add_session_config_entry(
+            "session.disable_prepacking", "1" if model.sharing == "lean" else "0"
+        )
         before = pool.stats().active
         with session_errors(pool, f"loading {model.name}"):
             values = pool.attach(options, injected)
-            model.session = ort.InferenceSession(prepared.graph, options, providers=pool.providers)
+            model.session = runtime.InferenceSession(prepared.graph, options, providers=pool.providers)
             values.close()
     except BaseException:
         give_back()
@@ -339,7 +367,9 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
     def __enter__(self) -> None:
         self._mark = self._pool.failure_count
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del trace
         if kind is None or error is None or not kind.__module__.startswith("onnxruntime"):
             return

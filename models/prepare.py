@@ -30,9 +30,15 @@ from blake3 import blake3
 from onnx import ModelProto, TensorProto
 
 from glake_infer.digest import Buffer, digest_of, digest_of_range, pieces_of
-from glake_infer.models.graph import external_entries, initializers, is_external, make_external, make_names_unique
+from glake_infer.models.graph import (
+    external_entries,
+    initializers,
+    is_external,
+    make_external,
+    make_names_unique,
+)
 from glake_infer.models.package import Package
-from glake_infer.store import Store, storage_errors, write_file
+from glake_infer.store import storage_errors, write_file
 
 FORMAT = 1
 """Part of every key: raise it when the layout of prepared graphs changes."""
@@ -65,7 +71,9 @@ class Prepared:
     """Whether the graph is ONNX Runtime's own result, which must not be optimized again."""
 
 
-def prepare(package: Package, variant: str, *, prepack: bool, level: str, session_options: Callable[[], Any]) -> Prepared:
+def prepare(
+    package: Package, variant: str, *, prepack: bool, level: str, session_options: Callable[[], Any]
+) -> Prepared:
     """Return the prepared form of a package's variant, building it at first; the caller holds `store.using()`.
 
     `level` names the optimization level that `session_options()` (a fresh SessionOptions) already carries.
@@ -125,7 +133,9 @@ def _build(package: Package, variant: str, folder: Path, *, prepack: bool, optio
     with storage_errors("preparing the model for this machine", store.root):
         temporary.mkdir(parents=True)
         try:
-            options.log_severity_level = 3  # it warns that the result fits this machine only: that is the point
+            options.log_severity_level = (
+                3  # it warns that the result fits this machine only: that is the point
+            )
             options.optimized_model_filepath = str(temporary / "optimized.onnx")
             entries = {
                 "session.model_external_initializers_file_folder_path": str(store.root),
@@ -139,7 +149,7 @@ def _build(package: Package, variant: str, folder: Path, *, prepack: bool, optio
             graph = package.graph(variant).SerializeToString()
             ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
             optimized = onnx.load(temporary / "optimized.onnx", load_external_data=False)
-            weights = _cut(optimized, temporary / "optimized.bin", store)
+            weights = _cut(optimized, temporary / "optimized.bin", package)
             data = optimized.SerializeToString(deterministic=True)
             info = {
                 "graph": digest_of(data),
@@ -157,7 +167,7 @@ def _build(package: Package, variant: str, folder: Path, *, prepack: bool, optio
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cut(model: ModelProto, data: Path, store: Store) -> list[PreparedWeight]:
+def _cut(model: ModelProto, data: Path, package: Package) -> list[PreparedWeight]:
     """Move every external weight of a saved model into an object of its own; changes the references in `model`."""
     make_names_unique(model)
     weights: list[PreparedWeight] = []
@@ -167,19 +177,20 @@ def _cut(model: ModelProto, data: Path, store: Store) -> list[PreparedWeight]:
     fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for tensor in external:
-            weights.append(_cut_one(tensor, fd, store))
+            weights.append(_cut_one(tensor, fd, package))
     finally:
         os.close(fd)
     return weights
 
 
-def _cut_one(tensor: TensorProto, fd: int, store: Store) -> PreparedWeight:
+def _cut_one(tensor: TensorProto, fd: int, package: Package) -> PreparedWeight:
+    store = package.store
     entries = external_entries(tensor)
     weight = (int(entries["offset"]), int(entries["length"]))
     packed = {key: value for key, value in sorted(entries.items()) if key.startswith("prepacked_")}
     if not packed:
         digest, length = digest_of_range(fd, *weight)
-        stored = store.objects.holds(digest, length)
+        stored = digest in package.manifest.distinct  # another package's weight may go with that package
         folder = store.objects if stored else store.prepared_objects
         if not stored and not folder.holds(digest, length):
             folder.add(digest, length, pieces_of(fd, *weight))
@@ -192,10 +203,10 @@ def _cut_one(tensor: TensorProto, fd: int, store: Store) -> PreparedWeight:
         head, *blobs = value.split("|")
         moved = []
         for blob in blobs:
-            offset, length, checksum = blob.split(";")
-            moved.append(f"{position};{length};{checksum}")
-            ranges.append((int(offset), int(length)))
-            position += _padded(int(length))
+            offset, size, checksum = blob.split(";")
+            moved.append(f"{position};{size};{checksum}")
+            ranges.append((int(offset), int(size)))
+            position += _padded(int(size))
         renamed[key] = "|".join([head, *moved])
     mapped = position
     ranges.append(weight)

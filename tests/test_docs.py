@@ -31,7 +31,10 @@ def workplace(tmp_path_factory):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64])],
         [numpy_helper.from_array(weight, "w")],
     )
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "model.onnx")
+    save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+        folder / "model.onnx",
+    )
     store = gi.Store(folder / "store")
     for name in "ab":
         zoo.convert(zoo.spec("bert-tiny", head=name), folder / f"{name}.glake", store=store)
@@ -44,7 +47,9 @@ def environment(folder):
 
 
 def run(command, folder):
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -55,7 +55,11 @@ def test_wrong_bytes_are_never_mapped_and_nothing_is_left(tmp_path, pool, damage
     data = path.read_bytes()
     path.unlink()
     if damage != "remove":
-        path.write_bytes({"change": data[:-1] + bytes([data[-1] ^ 1]), "shorten": data[:-1], "lengthen": data + b"\0"}[damage])
+        path.write_bytes(
+            {"change": data[:-1] + bytes([data[-1] ^ 1]), "shorten": data[:-1], "lengthen": data + b"\0"}[
+                damage
+            ]
+        )
     table = Residency.of(pool)
     with pytest.raises(AlteredObjectError) as caught:
         table.acquire(pool, [good, bad], 1)

@@ -89,6 +89,17 @@ def test_other_files_stay_and_an_earlier_export_is_replaced(package, tmp_path):
     assert tree(tmp_path / "out") == first
 
 
+def test_a_model_from_elsewhere_is_never_overwritten(package, tmp_path):
+    report = export(package, tmp_path / "out")
+    ours = onnx.load(report.target, load_external_data=False)
+    del ours.metadata_props[:]
+    onnx.save(ours, report.target)
+    before = tree(tmp_path / "out")
+    with pytest.raises(gi.InputError, match="was not exported by glake-infer"):
+        export(package, tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
 def test_the_folder_names_the_export_however_it_is_written(package, tmp_path, monkeypatch):
     monkeypatch.chdir(package)
     export(".", tmp_path / "out")

@@ -66,7 +66,12 @@ def test_outputs_are_bit_for_bit_those_of_plain_onnx_runtime(workshop, pool, sha
     folder, store = workshop
     feeds = feeds_of()
     options = ort.SessionOptions()
-    levels = {"all": "ENABLE_ALL", "extended": "ENABLE_EXTENDED", "basic": "ENABLE_BASIC", "disable": "DISABLE_ALL"}
+    levels = {
+        "all": "ENABLE_ALL",
+        "extended": "ENABLE_EXTENDED",
+        "basic": "ENABLE_BASIC",
+        "disable": "DISABLE_ALL",
+    }
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, f"ORT_{levels[optimization]}")
     if sharing == "lean":
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -161,7 +166,10 @@ def test_closing_waits_for_runs_in_flight_and_ends_the_model(workshop, pool):
 
 def stress(folder, store, pool, seconds, threads=8):
     """`threads` threads run four models at random; returns the number of runs. Every output is checked."""
-    models = [gi.load(folder / f"{h}.glake", pool, sharing=("fast", "lean")[i % 2], store=store) for i, (h, _) in enumerate(FAMILY)]
+    models = [
+        gi.load(folder / f"{h}.glake", pool, sharing=("fast", "lean")[i % 2], store=store)
+        for i, (h, _) in enumerate(FAMILY)
+    ]
     cases = []
     for index, (head, _) in enumerate(FAMILY):
         for batch, length in ((1, 4), (2, 33), (7, 16), (3, 64)):
@@ -257,7 +265,7 @@ def test_wrong_feeds_are_refused_by_name(workshop, pool):
     folder, store = workshop
     with gi.load(folder / "a.glake", pool, store=store) as model:
         good = feeds_of()
-        with pytest.raises(gi.InputError, match="no input 'input_idz'.*Did you mean 'input_ids'"):
+        with pytest.raises(gi.InputError, match=r"no input 'input_idz'.*Did you mean 'input_ids'"):
             model.run({**good, "input_idz": good["input_ids"]})
         with pytest.raises(gi.InputError, match="was not fed"):
             model.run({"input_ids": good["input_ids"]})
@@ -284,7 +292,7 @@ def test_a_changed_object_is_refused_and_every_package_it_hurts_is_named(tmp_pat
     for weight in (max(weights, key=lambda w: w.bytes), min(weights, key=lambda w: w.bytes)):
         path = store.objects.path(weight.digest)
         original = path.read_bytes()
-        os.chmod(path, 0o644)
+        path.chmod(0o644)
         path.write_bytes(bytes([original[0] ^ 1]) + original[1:])
         with pytest.raises(gi.DigestMismatchError) as caught:
             gi.load(tmp_path / "a.glake", pool, sharing=sharing, store=store)
@@ -302,7 +310,7 @@ def test_a_changed_object_with_an_intact_seal_is_refused_when_its_bytes_are_used
     weight = max(gi.Package(tmp_path / "a.glake", store).manifest.weights, key=lambda w: w.bytes)
     path = store.objects.path(weight.digest)
     status = path.stat()
-    os.chmod(path, 0o644)
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.write(b"changed")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -321,7 +329,7 @@ def test_damaged_derived_objects_are_made_again(tmp_path, pool):
     for damage in ("change", "remove", "graph"):
         victim = derived[0]
         if damage == "change":
-            os.chmod(victim, 0o644)
+            victim.chmod(0o644)
             victim.write_bytes(b"\0" * victim.stat().st_size)
         elif damage == "remove":
             victim.unlink()
@@ -358,7 +366,9 @@ def test_a_full_disk_while_preparing_falls_back_to_private_copies(workshop, pool
     monkeypatch.setattr(module, "prepare", full)
     with gi.load(folder / "a.glake", pool, store=store) as model:
         assert "not prepared" in model.notes[-1]
-        for ours, theirs in zip(model.run(feeds_of()).values(), plain(folder / "a.onnx", feeds_of()).values(), strict=True):
+        for ours, theirs in zip(
+            model.run(feeds_of()).values(), plain(folder / "a.onnx", feeds_of()).values(), strict=True
+        ):
             np.testing.assert_array_equal(ours, theirs)
 
 
@@ -379,7 +389,9 @@ def test_the_process_ends_cleanly_with_open_models(workshop):
         model.run(zoo.feeds(zoo.spec("bert-tiny"), 0))
         print("ran")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
 
 
@@ -390,11 +402,17 @@ def test_overridable_weights_may_be_fed(tmp_path, pool):
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "w"], ["y"])],
         "overridable",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32]), helper.make_tensor_value_info("w", TensorProto.FLOAT, [32, 32])],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32]),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, [32, 32]),
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
         [numpy_helper.from_array(weight, "w")],
     )
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+        tmp_path / "m.onnx",
+    )
     store = gi.Store(tmp_path / "store")
     gi.convert(tmp_path / "m.onnx", tmp_path / "m.glake", store=store)
     x = np.eye(32, dtype=np.float32)
