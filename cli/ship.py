@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -38,16 +37,17 @@ def export(
     With -o, DIR/X.onnx and DIR/X.onnx.data hold real copies of everything, for any other ONNX tool. With
     --archive, one self-contained FILE carries the package to another machine.
     """
-    from glake_infer.models import export as logic
+    from glake_infer.models.archive import export_archive
+    from glake_infer.models.export import export as export_model
 
     if (folder is None) == (archive is None):
         fail("export needs one of -o DIR (an ONNX model) and --archive FILE (for `glake-infer import`).")
     with output.progress("exporting") as progress:
         if archive is not None:
-            report = logic.export_archive(package, archive, progress=progress)
+            report = export_archive(package, archive, progress=progress)
         else:
             assert folder is not None
-            report = logic.export(package, folder, progress=progress)
+            report = export_model(package, folder, progress=progress)
     if json:
         output.print_json(report)
     else:
@@ -76,32 +76,17 @@ def import_(
 
     Every weight's digest is checked on the way; weights that the store holds already are not written again.
     """
-    from glake_infer.models.export import import_archive
+    from glake_infer.models.archive import import_archive
 
-    target = target or _default_target(file)
     with output.progress("importing") as progress:
-        manifest = import_archive(file, target, progress=progress)
-    distinct = manifest.distinct
+        report = import_archive(file, target, progress=progress)
     if json:
-        output.print_json(
-            {
-                "package": str(target),
-                "weights": len(manifest.weights),
-                "distinct_weights": len(distinct),
-                "distinct_bytes": sum(distinct.values()),
-                "variants": list(manifest.variants),
-            }
-        )
+        output.print_json(report)
     else:
         output.show(
-            f"{file} -> {target}: {len(manifest.weights)} weights, "
-            f"{output.size(sum(distinct.values()))} distinct"
+            f"{file} -> {report.package}: {report.weights} weights, {output.size(report.distinct_bytes)} distinct, "
+            f"{output.size(report.new_bytes)} new in the store"
         )
-
-
-def _default_target(file: Path) -> Path:
-    """Where gi.import_archive puts a package that nobody named."""
-    return Path(re.sub(r"(\.glake)?(\.tar|\.archive)?$", "", file.name) + ".glake")
 
 
 def register(app: typer.Typer) -> None:

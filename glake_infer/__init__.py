@@ -39,8 +39,8 @@ _HOMES = {
     "Value": "models.manifest",
     "convert": "models.convert",
     "export": "models.export",
-    "export_archive": "models.export",
-    "import_archive": "models.export",
+    "export_archive": "models.archive",
+    "import_archive": "models.archive",
     "inspect": "models.inspect",
     "load": "models.model",
 }
@@ -68,8 +68,9 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from glake_infer.allocators.pool import Pool, PoolStats
+    from glake_infer.models.archive import export_archive, import_archive
     from glake_infer.models.convert import ConvertReport, convert
-    from glake_infer.models.export import export, export_archive, import_archive
+    from glake_infer.models.export import export
     from glake_infer.models.inspect import inspect
     from glake_infer.models.manifest import Value
     from glake_infer.models.model import Model, ModelMemory, load

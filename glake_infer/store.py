@@ -297,6 +297,12 @@ class Store:
             if not target.exists() or target.read_bytes() != data:
                 write_file(target, data)
 
+    def forget(self, path: Path) -> None:
+        """Forget the package at `path`: the next gc may take its weights."""
+        for record in self.records():
+            if record.path == path.absolute():
+                record.file.unlink(missing_ok=True)
+
     def users_of(self, digest: str) -> list[str]:
         """Paths of the registered packages that need an object."""
         return sorted(str(record.path) for record in self.records() if digest in record.digests)

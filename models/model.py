@@ -72,7 +72,7 @@ class Model:
         self.package = package
         self.pool = pool
         self.sharing = sharing
-        self.notes: tuple[str, ...] = package.manifest.notes
+        self.notes: tuple[str, ...] = ()
         self._number = next(_numbers)
         self._residency = Residency.of(pool)
         self._held: tuple[str, ...] = ()
@@ -374,7 +374,7 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         if kind is None or error is None or not kind.__module__.startswith("onnxruntime"):
             return
         error.__traceback__ = None
-        text = str(error)
+        text = str(error).strip()
         if refusal := _refusal(self._pool.failures(self._mark), text):
             raise refusal from error
         ours = InputError if kind.__name__ == "InvalidArgument" else ModelError

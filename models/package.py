@@ -14,7 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
-from glake_infer.allocators.errors import DigestMismatchError, InputError, PackageError
+from glake_infer.allocators.errors import DigestMismatchError, InputError, PackageError, StoreError
 from glake_infer.digest import digest_of, digest_of_file
 from glake_infer.models.graph import external_entries, initializers, is_external
 from glake_infer.models.manifest import Manifest, read_manifest
@@ -110,7 +110,9 @@ class Package:
         self.path = Path(path)
         self.store = store or Store()
         self.manifest = read_manifest(self.path)
-        with contextlib.suppress(Exception):  # a read-only store serves its packages all the same
+        if not all(self.store.objects.path(digest).exists() for digest in self.manifest.distinct):
+            return  # of another store: this one has nothing to keep for it
+        with contextlib.suppress(StoreError):  # a read-only store serves its packages all the same
             self.store.register(self.path, self.manifest.identity, self.manifest.distinct)
 
     def graph(self, variant: str = "onnx") -> ModelProto:

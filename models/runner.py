@@ -208,7 +208,7 @@ def as_package(path: Path, store: Store, progress: Progress | None = None) -> It
         yield path
         return
     with store.using():
-        folder = Path(tempfile.mkdtemp(prefix="glake-run-"))
+        folder = Path(tempfile.mkdtemp(prefix="glake-run-", suffix=".tmp"))
         package = folder / f"{path.stem}{SUFFIX}"
         try:
             with store.writing(folder):
@@ -216,9 +216,7 @@ def as_package(path: Path, store: Store, progress: Progress | None = None) -> It
                 yield package
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            for record in list(store.records()):
-                if record.path == package.absolute():
-                    record.file.unlink(missing_ok=True)
+            store.forget(package)
 
 
 def _said(progress: Progress | None, what: str) -> Progress | None:
@@ -308,7 +306,7 @@ def _result(entry: _Loaded) -> ModelResult:
         min=float(times.min()),
         p95=float(np.percentile(times, 95)),
         memory=entry.model.memory,
-        notes=tuple(note for note in entry.model.notes if note not in entry.model.package.manifest.notes),
+        notes=entry.model.notes,
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 from folders import temporaries, tree
 
 import glake_infer as gi
+from glake_infer.models.archive import export_archive, import_archive
 from glake_infer.models.convert import convert
-from glake_infer.models.export import checked_object, export, export_archive, import_archive
+from glake_infer.models.export import checked_object, export
 from glake_infer.models.package import Package
 from glake_infer.store import Store
 
@@ -163,11 +164,12 @@ def test_a_wrong_byte_is_noticed_before_the_last_piece(package, store, monkeypat
 def test_an_archive_goes_to_another_machine(package, archive, tmp_path):
     other = Store(tmp_path / "other store")
     seen = []
-    manifest = import_archive(
+    report = import_archive(
         archive, tmp_path / "there.glake", store=other, progress=lambda *step: seen.append(step)
     )
     assert seen == [("weights", 4096, 4096)]
-    assert manifest == Package(package).manifest
+    assert (report.package, report.new_bytes) == (str(tmp_path / "there.glake"), 4096)
+    assert Package(tmp_path / "there.glake", other).manifest == Package(package).manifest
     assert tree(tmp_path / "there.glake") == tree(package)
     list(Package(tmp_path / "there.glake", other).verify())
     export(tmp_path / "there.glake", tmp_path / "out", store=other)
