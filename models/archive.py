@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from glake_infer.digest import PIECE, Buffer, digest_of, is_digest
 from glake_infer.models.export import ExportReport, checked_object
 from glake_infer.models.manifest import read_manifest
 from glake_infer.models.package import SUFFIX, Package, check_target, write_package
+from glake_infer.models.progress import Progress
 from glake_infer.models.source import MAXIMUM_PROTOBUF
 from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from glake_infer.models.graph import (
 from glake_infer.models.guard import guard_for_cpu
 from glake_infer.models.manifest import Manifest, Run, Source, Variant, Weight, read_manifest, run_digest
 from glake_infer.models.package import check_target, default_target, write_package
+from glake_infer.models.progress import Progress
 from glake_infer.models.source import MAXIMUM_PROTOBUF, ModelSource, SourceModel, check_operators
 from glake_infer.models.values import value_of_proto
 from glake_infer.store import Store
@@ -46,9 +47,6 @@ VARIANTS = {
     "cpu-lean": "for sharing='lean' on the CPU: nothing is folded to a wider type",
 }
 """Graphs that a package can hold, over the same weights. The second exists only where it differs."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what is going on, bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)

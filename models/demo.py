@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ from glake_infer.allocators.errors import GlakeError, InputError, StorageFullErr
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
+from glake_infer.models.progress import Progress
 from glake_infer.store import Store
-
-Progress = Callable[[str, int, int], None]
 
 HEADS = {"sentiment": 2, "topics": 14, "intents": 77, "languages": 128}
 """Name and labels of each fine-tune's head."""

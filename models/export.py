@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ from glake_infer.allocators.errors import InputError
 from glake_infer.digest import Buffer, pieces_of
 from glake_infer.models.graph import initializers, is_external, make_external
 from glake_infer.models.package import SUFFIX, Package
+from glake_infer.models.progress import Progress
 from glake_infer.store import Store, storage_errors, temporary_sibling
 
 EXPORTED = "glake-infer.exported"
@@ -26,8 +27,6 @@ EXPORTED = "glake-infer.exported"
 
 ALIGNMENT = 4096
 """Weights of at least this size begin at a multiple of it in the data file, so that ORT can map them."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

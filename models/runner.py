@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_
 from glake_infer.models.manifest import Value
 from glake_infer.models.model import Model, ModelMemory, Sharing, load
 from glake_infer.models.package import SUFFIX
+from glake_infer.models.progress import Progress
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
 from glake_infer.store import Store
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

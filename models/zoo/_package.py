@@ -10,8 +10,9 @@ from blake3 import blake3
 from onnx import ModelProto, TensorProto
 
 from glake_infer.digest import Buffer, digest_of
-from glake_infer.models.convert import MINIMUM_WEIGHT, ConvertReport, Progress, convert_source
+from glake_infer.models.convert import MINIMUM_WEIGHT, ConvertReport, convert_source
 from glake_infer.models.graph import tensor_bytes
+from glake_infer.models.progress import Progress
 from glake_infer.models.zoo import Description
 from glake_infer.store import Store
 
@@ -46,7 +47,11 @@ class Generated:
 
 
 def convert_description(
-    description: Description, target: str | os.PathLike[str], *, store: Store | None, progress: Progress | None
+    description: Description,
+    target: str | os.PathLike[str],
+    *,
+    store: Store | None,
+    progress: Progress | None,
 ) -> ConvertReport:
     """See `zoo.convert`."""
     return convert_source(Generated(description), Path(target), store=store or Store(), progress=progress)
