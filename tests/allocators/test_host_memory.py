@@ -107,7 +107,8 @@ def test_a_pool_that_ends_closes_its_file_and_unmaps_everything(tmp_path):
     ctypes.memset(pool.allocate(5 * MiB), 1, 5 * MiB)  # still active
     pool.allocate(100)
     with file_of_bytes(tmp_path / "weights", MiB).open("rb") as file:
-        pool.map_file(file.fileno(), MiB)
+        ctypes.string_at(pool.map_file(file.fileno(), MiB), MiB)
+    assert smaps(str(tmp_path))["Rss"] == MiB
     del pool
     assert (memfds(), smaps("memfd:glake-infer"), smaps(str(tmp_path))) == before
 

@@ -60,9 +60,10 @@ def test_a_class_in_demand_gets_larger_slabs(pool):
 
 
 def test_the_last_room_below_the_limit_serves_single_objects():
-    pool = _native.Pool(MiB)
-    addresses = [pool.allocate(100_000) for _ in range(8)]  # 112 KiB each: slabs of 8 would not fit
-    assert pool.stats()["reserved"] <= MiB
+    pool = _native.Pool(640 * KiB)
+    # 112 KiB each. Slabs for 1, 1 and 2 take 512 KiB; the next would be for 4.
+    addresses = [pool.allocate(100_000) for _ in range(5)]
+    assert pool.stats()["reserved"] == 640 * KiB
     for address in addresses:
         pool.deallocate(address)
     pool.check_invariants()
