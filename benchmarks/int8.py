@@ -25,15 +25,14 @@ MODEL = "minilm-l6-int8"
 
 def main() -> None:
     """Record one line per side."""
-    model = real_models.BY_NAME[MODEL]
-    source = real_models.fetch(model)
+    source = real_models.path_of(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store")
         package = Path(folder) / "m.glake"
         weights = convert(source, package, store=store).distinct_bytes
         for sharing in ("lean", "fast"):
             load(package, sharing=sharing, store=store).close()
-            feeds = real_models.feeds(model)
+            feeds = list(real_models.feeds_of(MODEL))
             result = compare(source, package, feeds, store, sharing, rounds=30)
             memory = {
                 role: memory_of(role, source if role == "plain" else package, feeds, store)
@@ -69,7 +68,7 @@ def memory_of(role: str, path: Path, feeds: list[dict[str, Any]], store: Store) 
         before = measure(child.pid)
         child.begin([str(path)], file, lambda *_: None)
         for _ in range(3):
-            child.ask("run", model=0, feed=0)
+            child.ask("run", model=0, feed=0, outputs=False)
         child.ask("trim")
         peak, done = 0, threading.Event()
 
@@ -82,11 +81,11 @@ def memory_of(role: str, path: Path, feeds: list[dict[str, Any]], store: Store) 
         watcher = threading.Thread(target=watch)
         watcher.start()
         for _ in range(40):
-            child.ask("run", model=0, feed=0)
+            child.ask("run", model=0, feed=0, outputs=False)
         done.set()
         watcher.join()
         for number in range(len(feeds)):
-            child.ask("run", model=0, feed=number)
+            child.ask("run", model=0, feed=number, outputs=False)
         child.ask("trim")
         child.measure()
         after = measure(child.pid)

@@ -34,7 +34,10 @@ def compare(
                 peak = {"plain": 0, sharing: 0}
                 for turn in range(rounds + 2):
                     order = (plain, ours) if turn % 2 else (ours, plain)
-                    answers = {child.role: child.ask("run", model=0, feed=number) for child in order}
+                    answers = {
+                        child.role: child.ask("run", model=0, feed=number, outputs=turn == 0)
+                        for child in order
+                    }
                     if turn == 0:
                         for a, b in zip(
                             answers["plain"]["outputs"], answers[sharing]["outputs"], strict=True

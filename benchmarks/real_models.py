@@ -15,11 +15,12 @@ def main() -> None:
     """Record one line per model and mode."""
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store")
-        for model in real_models.MODELS:
-            source = real_models.fetch(model)
-            package = Path(folder) / f"{model.name}.glake"
+        for name in real_models.ENTRIES:
+            source = real_models.path_of(name)
+            package = Path(folder) / f"{name}.glake"
             report = convert(source, package, store=store)
+            feeds = list(real_models.feeds_of(name))
             for sharing in ("fast", "lean"):
                 load(package, sharing=sharing, store=store).close()  # prepared before the clock runs
-                result = compare(source, package, real_models.feeds(model), store, sharing, rounds=12)
-                record("real_models", {"model": model.name, "weight_bytes": report.distinct_bytes, **result})
+                result = compare(source, package, feeds, store, sharing, rounds=12)
+                record("real_models", {"model": name, "weight_bytes": report.distinct_bytes, **result})

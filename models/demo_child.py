@@ -120,7 +120,8 @@ def serve(role: str, say: Callable[[dict[str, Any]], None]) -> None:
             start = time.perf_counter()
             outputs = side.run(request["model"], feed)
             seconds = time.perf_counter() - start
-            say({"seconds": seconds, "outputs": [np.asarray(output).tolist() for output in outputs]})
+            wanted = outputs if request.get("outputs", True) else []
+            say({"seconds": seconds, "outputs": [np.asarray(output).tolist() for output in wanted]})
         elif action == "measure":
             release_unused_heap()
             touch_weights(Path(os.environ["GLAKE_STORE"]))
