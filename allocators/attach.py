@@ -96,9 +96,9 @@ def attach(
         )
     from . import _native
 
-    # Nothing more is needed for a session to allocate from us: the environment's allocator takes the place
-    # of the arena whatever enable_cpu_mem_arena says. Weights that were not injected come through
-    # Reserve only if the device's allocator is asked for them, else they would stay outside the limit.
+    # The environment's allocator takes the arena's place whatever enable_cpu_mem_arena says. The second
+    # entry makes sessions ask for initializers through Reserve; on the CPU only prepacked copies are, and
+    # they are with or without it. On CUDA all are.
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     _native.begin_attach(

@@ -151,7 +151,10 @@ class Pool:
         """Make the sessions that are created from these options allocate from this pool.
 
         Call it before the session is created. It sets `session.use_env_allocators` and
-        `session.use_device_allocator_for_initializers`; the arena settings do not matter then.
+        `session.use_device_allocator_for_initializers`; the arena settings do not matter then. From the
+        pool come activations, outputs and the prepacked copies of weights. Weights that ONNX Runtime reads
+        from the model itself and does not prepack stay in memory of its own, outside the limit; those
+        of `initializers` stay where they are.
 
         Args:
             options: the options of the sessions to come.

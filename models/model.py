@@ -8,8 +8,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +63,8 @@ class Model:
     `run` may be called from several threads at once. Use as a context manager, or call `close()`.
     """
 
+    name: str
+    """The package's folder name without `.glake`."""
     session: ort.InferenceSession
     """The session. Whoever keeps a reference beyond `close()` keeps the weights mapped."""
 
@@ -73,6 +74,7 @@ class Model:
         self.pool = pool
         self.sharing = sharing
         self.notes: tuple[str, ...] = ()
+        self.name = package.path.resolve().name.removesuffix(".glake")
         self._number = next(_numbers)
         self._residency = Residency.of(pool)
         self._held: tuple[str, ...] = ()
@@ -80,11 +82,6 @@ class Model:
         self._running = 0
         self._closed = False
         self._condition = threading.Condition()
-
-    @property
-    def name(self) -> str:
-        """The package's folder name without `.glake`."""
-        return self.package.path.resolve().name.removesuffix(".glake")
 
     @property
     def inputs(self) -> list[Value]:
@@ -106,8 +103,7 @@ class Model:
         """Where this model's weights are now."""
         users = self._residency.users()
         shared = own = 0
-        for digest in self._held:
-            size, models = users[digest]
+        for size, models in (users[digest] for digest in self._held if digest in users):
             if len(models) > 1:
                 shared += size
             else:
@@ -123,14 +119,18 @@ class Model:
         Raises InputError (a wrong name, dtype or shape), OutOfMemoryError (the pool's limit; the model stays
         usable), ModelError (ONNX Runtime failed inside the model), or GlakeError after `close()`.
         """
-        names = [value.name for value in self._outputs] if outputs is None else list(outputs)
-        if unknown := set(names) - {value.name for value in self._outputs}:
+        names = self._names if outputs is None else list(outputs)
+        if unknown := set(names).difference(self._names):
             raise InputError(
                 f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}."
             )
         checked = check_feeds(self._inputs, self._optional, feeds)
-        with self._in_flight(), session_errors(self.pool, f"running {self.name}"):
-            results = self.session.run(names, checked)
+        self._begin()
+        try:
+            with session_errors(self.pool, "running", self.name):
+                results = self.session.run(names, checked)
+        finally:
+            self._end()
         # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
         return {name: _own(result) for name, result in zip(names, results, strict=True)}
 
@@ -143,19 +143,18 @@ class Model:
             self._condition.wait_for(lambda: not self._running)
         del self.session  # its finalizer gives the weights back, once nobody else holds the session either
 
-    @contextmanager
-    def _in_flight(self) -> Iterator[None]:
+    def _begin(self) -> None:
         with self._condition:
             if self._closed:
                 raise GlakeError(
                     f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
                 )
             self._running += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._running -= 1
+
+    def _end(self) -> None:
+        with self._condition:
+            self._running -= 1
+            if self._closed:
                 self._condition.notify_all()
 
     def __enter__(self) -> Model:
@@ -171,6 +170,7 @@ class Model:
         return f"<Model {self.name} ({state})>"
 
     # Filled by load.
+    _names: list[str]
     _inputs: list[Value]
     _outputs: list[Value]
     _optional: list[Value]
@@ -254,7 +254,7 @@ def _prepared(
     """The prepared graph; where this machine cannot keep one, the package's own with the weights as they are."""
     package = model.package
     try:
-        with session_errors(model.pool, f"preparing {model.name}"):
+        with session_errors(model.pool, "preparing", model.name):
             return prepare(
                 package, variant, prepack=model.sharing == "fast", level=optimization, session_options=options
             )
@@ -318,7 +318,7 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
             "session.disable_prepacking", "1" if model.sharing == "lean" else "0"
         )
         before = pool.stats().active
-        with session_errors(pool, f"loading {model.name}"):
+        with session_errors(pool, "loading", model.name):
             values = pool.attach(options, injected)
             model.session = runtime.InferenceSession(prepared.graph, options, providers=pool.providers)
             values.close()
@@ -330,6 +330,7 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
     model._private = max(0, pool.stats().active - before)
     model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
     model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
+    model._names = [value.name for value in model._outputs]
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
     optional = model.session.get_overridable_initializers()
     model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
@@ -353,16 +354,16 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted]) -> N
         )
 
 
-class session_errors:  # noqa: N801  (reads as a verb phrase: with session_errors(pool, "running x"))
+class session_errors:  # noqa: N801  (reads as a verb phrase: with session_errors(pool, "running", "x"))
     """Turn ONNX Runtime's exceptions into ours; a request that our pool refused becomes the pool's own error.
 
     No generator: the traceback would be kept by its frames, the traceback keeps the session, and the session its
     weights, for as long as somebody keeps the error.
     """
 
-    def __init__(self, pool: Pool, what: str) -> None:
+    def __init__(self, pool: Pool, action: str, model: str) -> None:
         self._pool = pool
-        self._what = what
+        self._what = (action, model)
 
     def __enter__(self) -> None:
         self._mark = self._pool.failure_count
@@ -378,7 +379,7 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         if refusal := _refusal(self._pool.failures(self._mark), text):
             raise refusal from error
         ours = InputError if kind.__name__ == "InvalidArgument" else ModelError
-        raise ours(f"ONNX Runtime refused while {self._what}: {text}") from error
+        raise ours(f"ONNX Runtime refused while {' '.join(self._what)}: {text}") from error
 
 
 def _refusal(failures: list[OutOfMemoryError | DriverError], text: str) -> GlakeError | None:

@@ -178,6 +178,22 @@ class TestSession:
         np.testing.assert_array_equal(output.numpy(), plain(model, ROWS))
         del output
 
+    def test_the_options_say_what_was_set(self, pool):
+        options = ort.SessionOptions()
+        pool.attach(options)
+        assert options.get_session_config_entry("session.use_env_allocators") == "1"
+        assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
+
+    def test_the_allocator_is_registered_once_per_process(self, pool):
+        from test_ort_allocator import Struct
+
+        pool.attach(ort.SessionOptions())
+        address = _native.ort_allocator()
+        info = Struct.from_address(address).Info(address)
+        assert info
+        pool.attach(ort.SessionOptions())
+        assert Struct.from_address(address).Info(address) == info
+
 
 class TestOutOfMemory:
     def test_a_run_that_does_not_fit_raises_and_the_next_one_works(self, pool):
@@ -337,7 +353,8 @@ class TestInitializers:
     def test_a_weight_with_too_few_bytes_is_refused(self, pool):
         with pytest.raises(GlakeError, match="weight 'w1' could not be described"):
             pool.attach(unpacked(), [("w1", 4096, 5, FLOAT, (2, 2))])
-        # A failed request must not linger: the next one has no weights.
+        with pytest.raises(Exception, match="not registered by hand"):  # the request does not linger
+            ort.SessionOptions().register_custom_ops_library(_native.__file__)
         assert len(pool.attach(unpacked())) == 0
 
 
