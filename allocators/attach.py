@@ -97,8 +97,8 @@ def attach(
     from . import _native
 
     # The environment's allocator takes the arena's place whatever enable_cpu_mem_arena says. The second
-    # entry makes sessions ask for initializers through Reserve; on the CPU only prepacked copies are, and
-    # they are with or without it. On CUDA all are.
+    # entry makes sessions ask for initializers through Reserve. On the CPU that depends on the version:
+    # 1.24 asks for all of them, 1.32 only for prepacked copies.
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     _native.begin_attach(

@@ -153,8 +153,8 @@ class Pool:
         Call it before the session is created. It sets `session.use_env_allocators` and
         `session.use_device_allocator_for_initializers`; the arena settings do not matter then. From the
         pool come activations, outputs and the prepacked copies of weights. Weights that ONNX Runtime reads
-        from the model itself and does not prepack stay in memory of its own, outside the limit; those
-        of `initializers` stay where they are.
+        from the model itself and does not prepack come from the pool too with version 1.24, and stay in
+        memory of its own, outside the limit, with 1.32. Those of `initializers` stay where they are.
 
         Args:
             options: the options of the sessions to come.

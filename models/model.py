@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ import onnx
 from glake_infer.allocators.attach import Initializer, import_onnxruntime
 from glake_infer.allocators.errors import (
     DigestMismatchError,
-    DriverError,
     GlakeError,
     InputError,
     ModelError,
@@ -366,7 +364,7 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         self._what = (action, model)
 
     def __enter__(self) -> None:
-        self._mark = self._pool.failure_count
+        """Nothing to do."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -376,13 +374,8 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
             return
         error.__traceback__ = None
         text = str(error).strip()
-        if refusal := _refusal(self._pool.failures(self._mark), text):
+        if refusal := self._pool.explain(error):
             raise refusal from error
-        ours = InputError if kind.__name__ == "InvalidArgument" else ModelError
+        wrong_feeds = self._what[0] == "running" and kind.__name__ == "InvalidArgument"
+        ours = InputError if wrong_feeds else ModelError
         raise ours(f"ONNX Runtime refused while {' '.join(self._what)}: {text}") from error
-
-
-def _refusal(failures: list[OutOfMemoryError | DriverError], text: str) -> GlakeError | None:
-    """The refusal of ours that ONNX Runtime's message cites by number; other threads may have had their own."""
-    cited = re.search(r"\[glake-infer failure (\d+)\]", text)
-    return next((failure for failure in failures if cited and failure.sequence == int(cited[1])), None)

@@ -202,17 +202,18 @@ class TestOutOfMemory:
         pool.attach(options)
         session = ort.InferenceSession(model, options, providers=pool.providers)
         reference = plain(model, ROWS, unpacked())
-        pool.limit = 2 * MiB
+        held = pool.stats().active  # weights, with some versions of ONNX Runtime
+        pool.limit = held + 2 * MiB
         before = pool.failure_count
         with pytest.raises(Exception, match=r"\[glake-infer failure \d+\] out of memory") as caught:
             session.run(None, {"x": ROWS})
         reason = pool.explain(caught.value)
         assert isinstance(reason, OutOfMemoryError)
         assert reason.requested == 500 * HIDDEN * 4
-        assert reason.limit == 2 * MiB
+        assert reason.limit == held + 2 * MiB
         assert [failure.sequence for failure in pool.failures(before)] == [reason.sequence]
         pool.check_invariants()
-        assert pool.stats().active == 0
+        assert pool.stats().active == held
         del caught
 
         tried = 0
