@@ -107,8 +107,13 @@ def verify(
             parts.append(_hurt("Damaged" + (", deleted now" if remove else ""), report.damaged))
         if report.missing:
             parts.append(_hurt("Missing", report.missing))
+        if report.derived:
+            parts.append(
+                f"{len(report.derived)} damaged objects were derived on this machine; they were deleted and are made "
+                "again at the next load."
+            )
         if report.ok:
-            parts.append("Every object is right.")
+            parts.append("Every object that a package needs is right.")
         else:
             first = "" if remove or not report.damaged else "Run `glake-infer store verify --remove`, then c"
             parts.append(f"{first or 'C'}onvert (or import) the packages named here again.")

@@ -53,6 +53,8 @@ class VerifyReport:
     bytes: int = 0
     damaged: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)
+    derived: list[str] = field(default_factory=list)
+    """Damaged objects that ONNX Runtime derived; they were deleted and are made again at the next load."""
     removed: bool = False
 
     @property
@@ -122,7 +124,9 @@ def verify(
                 report.checked += 1
                 report.bytes += status.st_size
                 if digest_of_file(folder.path(digest)) != digest:
-                    if not derived:
+                    if derived:
+                        report.derived.append(digest)
+                    else:
                         report.damaged[digest] = sorted(users.get(digest, []))
                     if remove or derived:
                         folder.path(digest).unlink(missing_ok=True)
@@ -155,8 +159,9 @@ def _gc_locked(store: Store, dry_run: bool) -> GcReport:
     _remove_temporaries(store, report)
     live: set[str] = set()
     identities: set[str] = set()
+    known = {record.path for record in store.records()}
     for record in list(store.records()):
-        path: Path | None = record.path if record.exists() else _renamed(record)
+        path: Path | None = record.path if record.exists() else _renamed(record, known)
         if path is None:
             report.vanished.append(str(record.path))
             if not dry_run:
@@ -188,6 +193,7 @@ def _remove_temporaries(store: Store, report: GcReport) -> None:
     leftovers += store.packages.glob(".*.tmp")
     leftovers += store.pending.glob(".*.tmp")
     leftovers += store.prepared.glob(".*.tmp")
+    leftovers += (lock for lock in store.prepared.glob("*.lock") if not lock.with_suffix("").is_dir())
     for note in store.pending.glob("[0-9a-f]*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             folder = Path(json.loads(note.read_bytes())["path"])
@@ -238,10 +244,10 @@ def _needed(path: Path, record: Record) -> tuple[str, frozenset[str]]:
     return record.identity, record.digests
 
 
-def _renamed(record: Record) -> Path | None:
-    """The folder beside a vanished package that holds the same manifest."""
+def _renamed(record: Record, known: set[Path]) -> Path | None:
+    """The folder beside a vanished package that holds the same manifest and is registered for itself nowhere."""
     with contextlib.suppress(OSError):
-        for sibling in record.path.parent.iterdir():
+        for sibling in sorted(set(record.path.parent.iterdir()) - known):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 if json.loads((sibling / MANIFEST).read_bytes()).get("identity") == record.identity:
                     return sibling

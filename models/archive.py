@@ -50,6 +50,10 @@ def export_archive(
     Raises PackageError, DigestMismatchError, StorageFullError; `file` is replaced only by a complete new one.
     """
     target = Path(file).absolute()
+    if not target.parent.is_dir():
+        raise InputError(
+            f"the folder {target.parent} does not exist. Make it, or name the archive elsewhere."
+        )
     if target.is_dir():
         raise InputError(f"{target} is a folder; --archive needs the name of a file.")
     store = store or Store()

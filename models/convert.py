@@ -91,11 +91,10 @@ def convert(
     threads and processes, on the same model too.
     """
     source = Path(source)
-    target = Path(target) if target is not None else default_target(source)
-    check_target(target)
     store = store or Store()
     with SourceModel(source) as opened:
-        return convert_source(opened, target, store=store, progress=progress)
+        place = Path(target) if target is not None else default_target(source)
+        return convert_source(opened, place, store=store, progress=progress)
 
 
 def convert_source(
@@ -180,6 +179,10 @@ def without_weighty_functions(model: ModelProto) -> ModelProto:
         for scope in (scope for node in function.node for body in bodies(node) for scope in scopes(body)):
             held += scope.initializer
             held += [tensor for node in scope.node if (tensor := constant_tensor(node)) is not None]
+    functions = {(function.domain, function.name) for function in model.functions}
+    for node in all_nodes(model):  # a weight may be an attribute of the call as well
+        if (node.domain, node.op_type) in functions:
+            held += [attribute.t for attribute in node.attribute if attribute.HasField("t")]
     if any(is_external(tensor) or tensor_bytes(tensor) >= MINIMUM_WEIGHT for tensor in held):
         return inliner.inline_local_functions(model)
     return model

@@ -20,7 +20,7 @@ from glake_infer.digest import Buffer, pieces_of
 from glake_infer.models.graph import initializers, is_external, make_external
 from glake_infer.models.package import SUFFIX, Package
 from glake_infer.models.progress import Progress
-from glake_infer.store import Store, storage_errors, temporary_sibling
+from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
 
 EXPORTED = "glake-infer.exported"
 """Metadata of an exported model: the identity of its package."""
@@ -55,6 +55,8 @@ def export(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; export needs a folder (-o DIR).")
+    if (folder / MANIFEST).exists():
+        raise InputError(f"{folder} is a package; export needs a folder of its own (-o DIR).")
     store = store or Store()
     with store.using():
         opened = Package(package, store)

@@ -193,6 +193,8 @@ def constant_tensor(node: NodeProto) -> TensorProto | None:
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     for attribute in node.attribute:
+        if attribute.ref_attr_name:  # inside a function: whoever calls it says what the value is
+            return None
         if attribute.name == "value" and attribute.t.data_type != TensorProto.STRING:
             return attribute.t
         if attribute.name == "value_floats":

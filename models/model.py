@@ -29,8 +29,8 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.models.graph import initializers, is_external
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
-from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
-from glake_infer.models.values import check_feeds, value_of_argument
+from glake_infer.models.prepare import PAGE, Prepared, PreparedWeight, forget, prepare
+from glake_infer.models.values import FOREIGN, check_feeds, from_ort_value, to_ort_value, value_of_argument
 from glake_infer.residency import AlteredObjectError, Residency, Wanted
 from glake_infer.store import Store
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 Sharing = Literal["fast", "lean"]
 Optimization = Literal["all", "extended", "basic", "disable"]
+
+SESSION_BYTES = 1 << 20
+"""What a session takes from the pool for small weights and slabs when it is built, beside the graph's own bytes."""
 
 _numbers = itertools.count(1)
 
@@ -126,11 +129,20 @@ class Model:
         self._begin()
         try:
             with session_errors(self.pool, "running", self.name):
-                results = self.session.run(names, checked)
+                results = (
+                    self._run_foreign(names, checked) if self._foreign else self.session.run(names, checked)
+                )
         finally:
             self._end()
         # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
         return {name: _own(result) for name, result in zip(names, results, strict=True)}
+
+    def _run_foreign(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
+        """Run with OrtValues: ONNX Runtime's plain run knows numpy's own types alone, not bfloat16 or float8."""
+        known = {value.name: value for value in (*self._inputs, *self._optional, *self._outputs)}
+        values = {name: to_ort_value(known[name], array) for name, array in feeds.items()}
+        results = self.session.run_with_ort_values(names, values)
+        return [from_ort_value(known[name], result) for name, result in zip(names, results, strict=True)]
 
     def close(self) -> None:
         """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
@@ -169,6 +181,7 @@ class Model:
 
     # Filled by load.
     _names: list[str]
+    _foreign: bool
     _inputs: list[Value]
     _outputs: list[Value]
     _optional: list[Value]
@@ -195,7 +208,9 @@ def load(
     threads
         Threads inside one run (intra-op); ONNX Runtime's default is one per core.
     configure
-        Called with the fresh SessionOptions before ours are set, for anything else.
+        Called with the session's fresh SessionOptions before ours are set, for anything else (logging, profiling,
+        spinning, free dimensions). The prepared graph is the same for everybody: what decides how a graph is
+        optimized is `optimization` alone.
 
     The first load on a machine prepares the model (optimizing it once, some seconds for large models); later
     ones, in any process, map the result. Raises PackageError, DigestMismatchError (naming every package that
@@ -223,8 +238,6 @@ def load(
             # A weight is cast right before its use, not all of them at the start (34 -> 6 MiB on an int8 MiniLM).
             made.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
             made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
-        if configure:
-            configure(made)
         return made
 
     store = store or Store()
@@ -237,11 +250,18 @@ def load(
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
             try:
-                _build_session(model, prepared, options())
+                made = options()
+                if configure:
+                    configure(made)
+                _build_session(model, prepared, made)
             except AlteredObjectError as error:
                 if attempt < 2 and forget(package, error.digest):
                     continue  # a derived object: made again from the stored weights
-                raise package.damaged(error.digest) from error
+                if error.digest in package.manifest.distinct:
+                    raise package.damaged(error.digest) from error
+                raise StoreError(
+                    f"{error} It was derived on this machine and is damaged again and again. Check the disk of {store.root}."
+                ) from error
             return model
     raise AssertionError("unreachable")
 
@@ -294,7 +314,7 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
         for w in prepared.weights
     ]
     pool, residency, number = model.pool, model._residency, model._number
-    check_limit(pool, residency, wanted)
+    check_limit(pool, residency, wanted, len(prepared.graph) + SESSION_BYTES)
     addresses = residency.acquire(pool, wanted, number)
     give_back = functools.partial(residency.release, pool, tuple(addresses), number)
     try:
@@ -332,12 +352,17 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
     optional = model.session.get_overridable_initializers()
     model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
+    model._foreign = any(value.dtype in FOREIGN for value in (*model._inputs, *model._outputs))
 
 
-def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted]) -> None:
-    """Raise OutOfMemoryError, saying how much would do, before anything is mapped that cannot all fit."""
+def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own: int) -> None:
+    """Raise OutOfMemoryError, saying how much would do, before anything is mapped that cannot all fit.
+
+    `own` is what the session needs beside its weights while it is built.
+    """
     resident = residency.users()
-    missing = sum({w.digest: w.mapped for w in wanted if w.digest not in resident}.values())
+    sizes = {w.digest: -(-w.mapped // PAGE) * PAGE for w in wanted if w.digest not in resident}
+    missing = sum(sizes.values()) + own
     stats = pool.stats()
     if stats.active + missing > stats.limit:
         raise OutOfMemoryError(

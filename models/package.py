@@ -205,7 +205,7 @@ class Package:
     def _restore(self, *, damaged: bool = False) -> str:
         first = "Remove it with `glake-infer store verify --remove`, then convert" if damaged else "Convert"
         return (
-            f"{first} {self.manifest.source.name} again, or import its archive; if the package was made with "
-            "another "
-            f"store, set GLAKE_STORE to it (now {self.store.root})."
+            f"{first} {self.manifest.source.name} again, or import its archive. If the package was made with another "
+            f"store, set GLAKE_STORE to it (now {self.store.root}). (`glake-infer store gc` takes the weights of a package "
+            f"that was moved to another folder and not opened there before.)"
         )

@@ -29,6 +29,7 @@ import onnx
 from blake3 import blake3
 from onnx import ModelProto, TensorProto
 
+from glake_infer.allocators.errors import StoreError
 from glake_infer.digest import Buffer, digest_of, digest_of_range, pieces_of
 from glake_infer.models.graph import (
     external_entries,
@@ -84,27 +85,41 @@ def prepare(
         json.dumps([FORMAT, package.manifest.variants[variant].digest, prepack, level, *_machine()]).encode()
     )[:32]
     folder = store.prepared / key
-    if not (folder / "info.json").is_file():
+    if (found := _read(folder)) is None:
         with store.locked(f"prepared/{key}.lock", exclusive=True):
-            if not (folder / "info.json").is_file():
+            if (found := _read(folder)) is None:
                 _build(package, variant, folder, prepack=prepack, options=session_options())
-    info = json.loads((folder / "info.json").read_bytes())
-    graph = (folder / "graph.onnx").read_bytes()
-    if digest_of(graph) != info["graph"]:
-        shutil.rmtree(folder)
-        return prepare(package, variant, prepack=prepack, level=level, session_options=session_options)
-    return Prepared(graph, tuple(PreparedWeight(**weight) for weight in info["weights"]))
+                found = _read(folder)
+    if found is None:
+        raise StoreError(
+            f"{folder} cannot be read back: something else writes to it. Remove it and try again."
+        )
+    return found
+
+
+def _read(folder: Path) -> Prepared | None:
+    """The prepared graph in `folder`; None where there is none, or a damaged one, or one that is just removed."""
+    try:
+        info = json.loads((folder / "info.json").read_bytes())
+        graph = (folder / "graph.onnx").read_bytes()
+        weights = tuple(PreparedWeight(**weight) for weight in info["weights"])
+        sound = digest_of(graph) == info["graph"] and isinstance(info["derived"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Prepared(graph, weights) if sound else None
 
 
 def forget(package: Package, digest: str) -> bool:
-    """Drop the prepared graphs that use a damaged derived object, and the object; returns whether there were any."""
+    """Drop the prepared graphs that use a damaged derived object; returns whether there were any.
+
+    Building them again reads every derived object that is there already, and replaces those that are damaged.
+    """
     found = False
-    for info in package.store.prepared.glob("*/info.json"):
-        if digest in json.loads(info.read_bytes())["derived"]:
+    for folder in package.store.prepared.glob("*/"):
+        prepared = _read(folder)
+        if prepared and any(weight.derived and weight.digest == digest for weight in prepared.weights):
             found = True
-            shutil.rmtree(info.parent, ignore_errors=True)
-    if found:
-        package.store.prepared_objects.path(digest).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
@@ -192,7 +207,7 @@ def _cut_one(tensor: TensorProto, fd: int, package: Package) -> PreparedWeight:
         digest, length = digest_of_range(fd, *weight)
         stored = digest in package.manifest.distinct  # another package's weight may go with that package
         folder = store.objects if stored else store.prepared_objects
-        if not stored and not folder.holds(digest, length):
+        if not stored and not folder.holds(digest, length, thorough=True):
             folder.add(digest, length, pieces_of(fd, *weight))
         make_external(tensor, folder.location(digest), length)
         return PreparedWeight(tensor.name, digest, length, length, derived=not stored, injected=True)
@@ -217,7 +232,7 @@ def _cut_one(tensor: TensorProto, fd: int, package: Package) -> PreparedWeight:
         length += len(piece)
     digest = state.hexdigest()
     folder = store.prepared_objects
-    if not folder.holds(digest, length):
+    if not folder.holds(digest, length, thorough=True):
         folder.add(digest, length, _laid_out(fd, ranges))
     make_external(tensor, folder.location(digest), weight[1], **renamed)
     tensor.external_data[1].value = str(mapped)  # the weight lies behind its packed forms

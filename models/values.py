@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,38 @@ DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }  # fmt: skip
 """numpy's types by ONNX Runtime's spelling ("tensor(float)" without "tensor()")."""
+
+
+FOREIGN: dict[str, tuple[type[Any], int]] = {
+    "bfloat16": (np.uint16, TensorProto.BFLOAT16),
+    "float8e4m3fn": (np.uint8, TensorProto.FLOAT8E4M3FN),
+    "float8e4m3fnuz": (np.uint8, TensorProto.FLOAT8E4M3FNUZ),
+    "float8e5m2": (np.uint8, TensorProto.FLOAT8E5M2),
+    "float8e5m2fnuz": (np.uint8, TensorProto.FLOAT8E5M2FNUZ),
+}
+"""Types that numpy lacks: the type that carries their bits to ONNX Runtime, and ONNX's number for them."""
+
+
+def to_ort_value(value: Value, array: Any) -> Any:
+    """Wrap an array that `check_feeds` passed as an OrtValue, whatever its type. The array must outlive it."""
+    from onnxruntime import OrtValue
+
+    if value.dtype not in FOREIGN or not isinstance(array, np.ndarray):
+        return (
+            array
+            if not isinstance(array, np.ndarray)
+            else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        )
+    carrier, number = FOREIGN[value.dtype]
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(carrier), number)
+
+
+def from_ort_value(value: Value, result: Any) -> np.ndarray[Any, Any]:
+    """Copy a tensor out of an OrtValue, whatever its type."""
+    if value.dtype not in FOREIGN:
+        return np.array(result.numpy())
+    raw = ctypes.string_at(result.data_ptr(), result.tensor_size_in_bytes())
+    return np.frombuffer(bytearray(raw), DTYPES[value.dtype]).reshape(result.shape())
 
 
 def value_of_argument(argument: Any) -> Value:
@@ -85,6 +118,10 @@ def check_feeds(
 
     Lists and numbers become arrays of the declared type; arrays must have it already.
     """
+    if not isinstance(feeds, Mapping):
+        raise InputError(
+            f"feeds are a mapping of names to arrays, and {type(feeds).__name__} came. Inputs: {_listed(inputs)}."
+        )
     known = {value.name: value for value in (*inputs, *optional)}
     for name in feeds:
         if name not in known:
@@ -116,6 +153,8 @@ def _checked(value: Value, given: Any) -> Any:
                 f"the input {value} cannot be made from {type(given).__name__}: {error}."
             ) from error
     array = np.asarray(given)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if expected is not None and array.dtype != expected:
         raise InputError(
             f"the input {value} was fed {array.dtype}{list(array.shape)}. Convert it with "

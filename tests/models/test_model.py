@@ -239,8 +239,9 @@ def test_a_limit_too_small_for_the_weights_says_how_much_would_do(workshop):
         assert pool.stats().reserved == 0
         needed = caught.value.needed_limit
         assert str(needed) in str(caught.value)
-        pool.limit = needed + (8 << 20)
+        pool.limit = needed  # what it says is enough
         with gi.load(folder / "a.glake", pool, store=store) as model:
+            pool.limit = needed + (8 << 20)
             model.run(feeds_of())
         pool.trim()
 
@@ -422,3 +423,80 @@ def test_overridable_weights_may_be_fed(tmp_path, pool):
             assert [value.name for value in model.overridable] == ["w"]
             np.testing.assert_array_equal(model.run({"x": x})["y"], weight)
             np.testing.assert_array_equal(model.run({"x": x, "w": weight + 1})["y"], weight + 1)
+
+
+def test_bfloat16_goes_in_and_comes_out(tmp_path, pool):
+    import ml_dtypes
+    from onnx import TensorProto, helper, save
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+            helper.make_node("Add", ["f", "z"], ["g"]),
+            helper.make_node("Cast", ["g"], ["y"], to=TensorProto.BFLOAT16),
+        ],
+        "bfloat16",
+        [
+            helper.make_tensor_value_info("x", TensorProto.BFLOAT16, ["n", 4]),
+            helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", 4]),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.BFLOAT16, ["n", 4]),
+            helper.make_tensor_value_info("g", TensorProto.FLOAT, ["n", 4]),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    store = gi.Store(tmp_path / "store")
+    gi.convert(tmp_path / "m.onnx", tmp_path / "m.glake", store=store)
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with gi.load(tmp_path / "m.glake", pool, store=store) as model:
+        results = model.run({"x": x.astype(ml_dtypes.bfloat16), "z": x})
+        assert results["y"].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(results["y"].astype(np.float32), 2 * x)
+        np.testing.assert_array_equal(results["g"], 2 * x)
+        with pytest.raises(gi.InputError, match="was fed float32"):
+            model.run({"x": x, "z": x})
+
+
+def test_settings_of_one_caller_do_not_reach_another(workshop, pool):
+    folder, store = workshop
+    dimension = next(axis for axis in gi.load(folder / "a.glake", pool, store=store).inputs[0].shape if axis)
+
+    def fixed(options):
+        options.add_free_dimension_override_by_name(dimension, 1)
+
+    fresh = gi.Store(folder / "fresh")
+    gi.convert(folder / "a.onnx", folder / "fresh.glake", store=fresh)
+    gi.load(folder / "fresh.glake", pool, store=fresh, configure=fixed).close()
+    with gi.load(folder / "fresh.glake", pool, store=fresh) as model:
+        model.run(feeds_of(batch=2))
+
+
+@pytest.mark.parametrize("damage", ["empty info", "no graph", "other info"])
+def test_damaged_prepared_files_are_made_again(tmp_path, pool, damage):
+    store = gi.Store(tmp_path / "store")
+    zoo.convert(zoo.spec("bert-tiny"), tmp_path / "a.glake", store=store)
+    gi.load(tmp_path / "a.glake", pool, store=store).close()
+    folder = next(store.prepared.glob("*/info.json")).parent
+    if damage == "no graph":
+        (folder / "graph.onnx").unlink()
+    else:
+        (folder / "info.json").write_text("" if damage == "empty info" else '{"graph": 1}')
+    with gi.load(tmp_path / "a.glake", pool, store=store) as model:
+        model.run(feeds_of())
+
+
+def test_many_derived_objects_damaged_behind_their_seals_are_made_again(tmp_path, pool):
+    store = gi.Store(tmp_path / "store")
+    zoo.convert(zoo.spec("bert-tiny"), tmp_path / "a.glake", store=store)
+    with gi.load(tmp_path / "a.glake", pool, store=store) as model:
+        expected = model.run(feeds_of())
+    for digest, status in list(store.prepared_objects)[:8]:
+        path = store.prepared_objects.path(digest)
+        path.chmod(0o644)
+        path.write_bytes(bytes(status.st_size))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with gi.load(tmp_path / "a.glake", pool, store=store) as model:
+        for name, array in model.run(feeds_of()).items():
+            np.testing.assert_array_equal(array, expected[name])
