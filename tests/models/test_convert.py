@@ -446,3 +446,39 @@ def test_memory_does_not_grow_with_the_model(store, tmp_path, python):
     distinct, grown = map(int, output.split())
     assert distinct == 1 << 29
     assert grown < 200 << 10, "KiB"
+
+
+def test_a_weight_that_is_an_attribute_of_a_function_call(tmp_path, store):
+    """The function's Constant only refers to the attribute; every call brings a weight of its own."""
+    constant = onnx.helper.make_node("Constant", [], ["k"])
+    constant.attribute.add(name="value", ref_attr_name="val", type=onnx.AttributeProto.TENSOR)
+    body = [constant, onnx.helper.make_node("MatMul", ["a", "k"], ["b"])]
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("my", 1)]
+    function = onnx.helper.make_function("my", "F", ["a"], ["b"], body, opsets[:1], attributes=["val"])
+    weights = [np.random.default_rng(seed).standard_normal((32, 32), np.float32) for seed in (1, 2)]
+    calls = [
+        onnx.helper.make_node("F", [a], [b], domain="my", val=onnx.numpy_helper.from_array(weight))
+        for a, b, weight in zip("xt", "ty", weights, strict=True)
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        calls,
+        "calls",
+        [value("x", onnx.TensorProto.FLOAT, [2, 32])],
+        [value("y", onnx.TensorProto.FLOAT, [2, 32])],
+    )
+    model = onnx.helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=8)
+    onnx.save(model, tmp_path / "m.onnx")
+    report = gi.convert(tmp_path / "m.onnx", tmp_path / "m.glake", store=store)
+    assert (report.weights, report.distinct_bytes) == (2, 8192)
+    x = np.ones((2, 32), np.float32)
+    with gi.Pool(device="cpu") as pool, gi.load(tmp_path / "m.glake", pool, store=store) as loaded:
+        np.testing.assert_allclose(
+            loaded.run({"x": x})["y"], x @ weights[0] @ weights[1], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_folder_is_no_model(store):
+    for name in (".", "/", ""):
+        with pytest.raises(gi.ModelError, match="is not a file"):
+            gi.convert(name, store=store)
