@@ -24,6 +24,7 @@ Messages say what happened, what was received, what was expected, and what to do
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from .sizes import format_bytes
 
@@ -97,39 +98,11 @@ class OutOfMemoryError(GlakeError, MemoryError):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
-        fields = (
-            self.requested,
-            self.active,
-            self.idle,
-            self.reserved,
-            self.limit,
-            self.needed_limit,
-            self.device_free,
-            self.holders,
-        )
-        return _rebuild_out_of_memory, fields, {"sequence": self.sequence, "thread": self.thread}
-
-
-def _rebuild_out_of_memory(
-    requested: int,
-    active: int,
-    idle: int,
-    reserved: int,
-    limit: int,
-    needed_limit: int,
-    device_free: int,
-    holders: Mapping[str, int],
-) -> OutOfMemoryError:
-    return OutOfMemoryError(
-        requested=requested,
-        active=active,
-        idle=idle,
-        reserved=reserved,
-        limit=limit,
-        needed_limit=needed_limit,
-        device_free=device_free,
-        holders=holders,
-    )
+        names = (
+            "requested", "active", "idle", "reserved", "limit", "needed_limit", "device_free", "holders",
+        )  # fmt: skip
+        again = partial(type(self), **{name: getattr(self, name) for name in names})
+        return again, (), {"sequence": self.sequence, "thread": self.thread}
 
 
 class DriverError(GlakeError):

@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.pairs import compare
 from benchmarks.record import record
 from glake_infer.models.convert import convert
-from glake_infer.models.demo import Child
+from glake_infer.models.demo import Child, write_feeds
 from glake_infer.models.model import load
 from glake_infer.process_memory import measure
 from glake_infer.store import Store
@@ -59,12 +57,7 @@ def memory_of(role: str, path: Path, feeds: list[dict[str, Any]], store: Store) 
     """Private and total memory after all feeds and a trim, and the private peak while the first feed runs."""
     with tempfile.TemporaryDirectory() as scratch, Child(role, store) as child:
         file = Path(scratch) / "feeds.npz"
-        np.savez(
-            file,
-            **{
-                f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()
-            },
-        )
+        write_feeds(file, feeds)
         before = measure(child.pid)
         child.begin([str(path)], file, lambda *_: None)
         for _ in range(3):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glake_infer.models.demo import Child
+from glake_infer.models.demo import Child, write_feeds
 from glake_infer.process_memory import measure
 from glake_infer.store import Store
 
@@ -18,12 +18,7 @@ def compare(
     """Memory after loading and running everything, per-feed latencies and their paired ratios, output differences."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "feeds.npz"
-        np.savez(
-            file,
-            **{
-                f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()
-            },
-        )
+        write_feeds(file, feeds)
         with Child("plain", store) as plain, Child(sharing, store) as ours:
             before = {child.role: measure(child.pid) for child in (plain, ours)}
             plain.begin([str(model)], file, _quiet)

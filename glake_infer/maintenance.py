@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,14 +78,20 @@ class GcReport:
     dry_run: bool = False
 
 
-def ls(store: Store) -> StoreListing:
-    """List the store's objects and the registered packages."""
-    records = list(store.records())
+def _users(records: Iterable[Record]) -> dict[str, list[str]]:
+    """{digest: the packages that need it and are where they were registered}."""
     users: dict[str, list[str]] = {}
     for record in records:
         if record.exists():
             for digest in record.digests:
                 users.setdefault(digest, []).append(str(record.path))
+    return users
+
+
+def ls(store: Store) -> StoreListing:
+    """List the store's objects and the registered packages."""
+    records = list(store.records())
+    users = _users(records)
     objects = tuple(
         StoredObject(digest, status.st_size, tuple(sorted(users.get(digest, ()))))
         for digest, status in store.objects
@@ -109,11 +115,7 @@ def verify(
     restores them; derived objects are always deleted, since they are made again at the next load.
     """
     report = VerifyReport(removed=remove)
-    users: dict[str, list[str]] = {}
-    for record in store.records():
-        if record.exists():
-            for digest in record.digests:
-                users.setdefault(digest, []).append(str(record.path))
+    users = _users(store.records())
     with store.using():
         present = set()
         for folder in (store.objects, store.prepared_objects):

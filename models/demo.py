@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def demo(
             step = functools.partial(_renamed, progress, f"converting {head}")
             reports.append(convert(written, folder / f"{head}.glake", store=store, progress=step))
         feeds = folder / "feeds.npz"
-        _write_feeds(feeds, spec, scale)
+        write_feeds(feeds, [zoo.feeds(spec, number, length=scale.length) for number in range(scale.feeds)])
         sides = _compare(store, sources, [report.package for report in reports], feeds, scale, progress)
         return DemoReport(
             models=tuple(HEADS),
@@ -254,13 +254,10 @@ class Child:
             self._process.wait()
 
 
-def _write_feeds(path: Path, spec: zoo.Spec, scale: Scale) -> None:
-    arrays = {
-        f"{number}/{name}": array
-        for number in range(scale.feeds)
-        for name, array in zoo.feeds(spec, number, length=scale.length).items()
-    }
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a keyword for allow_pickle
+def write_feeds(path: Path, feeds: Sequence[Mapping[str, Any]]) -> None:
+    """Write what a child's `begin` reads: the feeds that its runs choose from by number."""
+    arrays = {f"{number}/{name}": array for number, feed in enumerate(feeds) for name, array in feed.items()}
+    np.savez(path, **arrays)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from onnx import ModelProto, helper
 from glake_infer.allocators.errors import InputError
 from glake_infer.digest import Buffer, pieces_of
 from glake_infer.models.graph import initializers, is_external, make_external
-from glake_infer.models.package import SUFFIX, Package
+from glake_infer.models.package import Package
 from glake_infer.models.progress import Progress
 from glake_infer.store import MANIFEST, Store, storage_errors, temporary_sibling
 
@@ -61,7 +61,7 @@ def export(
     with store.using():
         opened = Package(package, store)
         opened.check_present()
-        name = opened.path.resolve().name.removesuffix(SUFFIX)
+        name = opened.name
         model, data = f"{name}.onnx", f"{name}.onnx.data"
         _check_replaceable(folder / model)
         graph = opened.graph()

@@ -29,7 +29,7 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.models.graph import initializers, is_external
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
-from glake_infer.models.prepare import PAGE, Prepared, PreparedWeight, forget, prepare
+from glake_infer.models.prepare import Prepared, PreparedWeight, forget, padded, prepare
 from glake_infer.models.values import FOREIGN, check_feeds, from_ort_value, to_ort_value, value_of_argument
 from glake_infer.residency import AlteredObjectError, Residency, Wanted
 from glake_infer.store import Store
@@ -75,7 +75,7 @@ class Model:
         self.pool = pool
         self.sharing = sharing
         self.notes: tuple[str, ...] = ()
-        self.name = package.path.resolve().name.removesuffix(".glake")
+        self.name = package.name
         self._number = next(_numbers)
         self._residency = Residency.of(pool)
         self._held: tuple[str, ...] = ()
@@ -278,10 +278,8 @@ def _prepared(
             )
     except DigestMismatchError:
         raise
-    except (
-        ModelError,
-        StoreError,
-    ) as error:  # a full or read-only disk, or a graph that ORT cannot save (sparse)
+    except (ModelError, StoreError) as error:
+        # A full or read-only disk, or a graph that ORT cannot save (sparse).
         model.notes = (
             *model.notes,
             f"not prepared, so ONNX Runtime keeps private copies of what it derives: {error}",
@@ -361,7 +359,7 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own:
     `own` is what the session needs beside its weights while it is built.
     """
     resident = residency.users()
-    sizes = {w.digest: -(-w.mapped // PAGE) * PAGE for w in wanted if w.digest not in resident}
+    sizes = {w.digest: padded(w.mapped) for w in wanted if w.digest not in resident}
     missing = sum(sizes.values()) + own
     stats = pool.stats()
     if stats.active + missing > stats.limit:

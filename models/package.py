@@ -115,6 +115,11 @@ class Package:
         with contextlib.suppress(StoreError):  # a read-only store serves its packages all the same
             self.store.register(self.path, self.manifest.identity, self.manifest.distinct)
 
+    @property
+    def name(self) -> str:
+        """The folder's name without `.glake`, however its path is written."""
+        return self.path.resolve().name.removesuffix(SUFFIX)
+
     def graph(self, variant: str = "onnx") -> ModelProto:
         """Read a variant's graph; raises PackageError where it was altered or does not fit the manifest."""
         entry = self.manifest.variants[variant]

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from glake_infer.models.graph import (
     make_names_unique,
 )
 from glake_infer.models.package import Package
-from glake_infer.store import storage_errors, write_file
+from glake_infer.store import storage_errors, temporary_sibling, write_file
 
 FORMAT = 1
 """Part of every key: raise it when the layout of prepared graphs changes."""
@@ -144,7 +143,7 @@ def _build(package: Package, variant: str, folder: Path, *, prepack: bool, optio
     store = package.store
     for _ in package.verify():  # a wrong byte would be fused into other weights
         pass
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_sibling(folder)
     with storage_errors("preparing the model for this machine", store.root):
         temporary.mkdir(parents=True)
         try:
@@ -221,7 +220,7 @@ def _cut_one(tensor: TensorProto, fd: int, package: Package) -> PreparedWeight:
             offset, size, checksum = blob.split(";")
             moved.append(f"{position};{size};{checksum}")
             ranges.append((int(offset), int(size)))
-            position += _padded(int(size))
+            position += padded(int(size))
         renamed[key] = "|".join([head, *moved])
     mapped = position
     ranges.append(weight)
@@ -243,9 +242,10 @@ def _laid_out(fd: int, ranges: list[tuple[int, int]]) -> Iterator[Buffer]:
     """Bytes of an object: each range, padded to a page so that the next begins at one."""
     for offset, length in ranges:
         yield from pieces_of(fd, offset, length)
-        if padding := _padded(length) - length:
+        if padding := padded(length) - length:
             yield bytes(padding)
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """Round up to whole pages."""
     return -(-length // PAGE) * PAGE

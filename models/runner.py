@@ -25,7 +25,7 @@ from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
-from glake_infer.store import Store
+from glake_infer.store import Store, temporary_sibling
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def _save_all(loaded: Sequence[_Loaded], folder: Path) -> None:
 
 def save_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write what is an array of numbers to `path`, all or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_sibling(path)
     kept = {
         name: value
         for name, value in arrays.items()
