@@ -196,4 +196,17 @@ void HostMemory::do_unmap_file(Address address, std::size_t bytes) noexcept {
   if (munmap(to_pointer(address), bytes) != 0) report("munmap of a file", bytes);
 }
 
+void HostMemory::do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle) {
+  std::memset(to_pointer(address), value, bytes);
+}
+
+void HostMemory::do_read(void* target, Address source, std::size_t bytes) {
+  std::memcpy(target, to_pointer(source), bytes);
+}
+
+int HostMemory::do_export(ChunkHandle handle) {
+  throw DriverError("exporting " + amount(handle.bytes) +
+                    " of the host pool failed: its chunks are parts of one file that holds every tensor of the process");
+}
+
 }  // namespace glake

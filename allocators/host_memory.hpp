@@ -44,6 +44,9 @@ class HostMemory final : public VirtualMemory {
   void do_protect(Address address, std::size_t bytes, Access access) override;
   Address do_map_file(int descriptor, std::size_t bytes) override;
   void do_unmap_file(Address address, std::size_t bytes) noexcept override;
+  void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
+  void do_read(void* target, Address source, std::size_t bytes) override;
+  int do_export(ChunkHandle handle) override;
 
   int descriptor_ = -1;
   std::uint64_t file_bytes_ = 0;                  // the memfd's length: it only grows, holes cost nothing

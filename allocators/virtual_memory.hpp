@@ -2,13 +2,15 @@
 //
 // An address range is reserved without memory behind it; physical memory comes as chunks; a chunk is
 // mapped whole at an address of a reserved range, at several addresses at once if the pool wants
-// that (the same bytes show at each of them). Implementations: HostMemory (memfd + mmap).
+// that (the same bytes show at each of them). Implementations: HostMemory (memfd + mmap), CudaMemory (the CUDA
+// driver's virtual memory management).
 //
 // Contract
 // - Sizes and addresses are multiples of granularity().
 // - A call that fails throws DriverError and has changed nothing.
 // - The calls that give back (release, destroy, unmap) never throw: they run while errors unwind.
 // - Calls come from one thread at a time (the pool holds its lock).
+// - No call breaks a CUDA stream capture that is in progress on any thread.
 // - In a child of fork() the calls that give back do nothing: the memory is the parent's.
 //
 // The owners AddressRange, PhysicalMemory and MappedRange below hold one driver object each, so that
@@ -24,6 +26,7 @@
 #include <utility>
 
 #include "process.hpp"
+#include "stream_order.hpp"
 
 namespace glake {
 
@@ -101,6 +104,27 @@ class VirtualMemory {
     if (begin_give_back()) do_unmap_file(address, bytes);
   }
 
+  // Sets mapped memory to a value. Ordered on the stream; for no_stream it is done when this returns.
+  void fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) {
+    count("fill", bytes);
+    do_fill(address, bytes, value, stream);
+  }
+  // Copies mapped memory to the host; done when this returns. What is queued on streams is not waited for.
+  void read(void* target, Address source, std::size_t bytes) {
+    count("read", bytes);
+    do_read(target, source, bytes);
+  }
+
+  // A descriptor over a chunk (CUDA: a POSIX file descriptor of the handle) with which another process of the same
+  // user can map it. The caller closes it. Throws DriverError where chunks were not made exportable.
+  [[nodiscard]] int export_descriptor(ChunkHandle handle) {
+    count("export", handle.bytes);
+    return do_export(handle);
+  }
+
+  // The order of the device's queued work; null where work is done when it returns (the host).
+  [[nodiscard]] virtual StreamOrder* streams() noexcept { return nullptr; }
+
   // How many calls reached the driver or the operating system so far.
   [[nodiscard]] std::uint64_t calls() const noexcept { return calls_; }
 
@@ -121,6 +145,9 @@ class VirtualMemory {
   virtual void do_protect(Address address, std::size_t bytes, Access access) = 0;
   virtual Address do_map_file(int descriptor, std::size_t bytes) = 0;
   virtual void do_unmap_file(Address address, std::size_t bytes) noexcept = 0;
+  virtual void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) = 0;
+  virtual void do_read(void* target, Address source, std::size_t bytes) = 0;
+  virtual int do_export(ChunkHandle handle) = 0;
 
  private:
   void count(const char* call, std::size_t bytes) {
