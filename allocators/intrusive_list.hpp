@@ -29,6 +29,7 @@ class IntrusiveList {
   [[nodiscard]] T* front() const noexcept { return first_; }
   [[nodiscard]] T* back() const noexcept { return last_; }
   [[nodiscard]] static T* next(const T& element) noexcept { return (element.*link).next; }
+  [[nodiscard]] static T* previous(const T& element) noexcept { return (element.*link).previous; }
   [[nodiscard]] bool contains(const T& element) const noexcept { return (element.*link).list == this; }
 
   void push_back(T& element) noexcept {

@@ -1,20 +1,27 @@
 #include "pool.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <string>
 #include <utility>
+
+#include "labels.hpp"
 
 namespace glake {
 namespace {
 
 constexpr std::size_t page = 4096;
 constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+// Above this, arenas of streams that nothing lives in are dropped.
+constexpr std::size_t most_arenas = 64;
 
 // Rounds up; the largest multiple where that would overflow.
 std::size_t round_up(std::size_t bytes, std::size_t step) {
   return bytes > most - step ? most / step * step : (bytes + step - 1) / step * step;
 }
+
+std::size_t plus(std::size_t left, std::size_t right) { return left > most - right ? most : left + right; }
 
 std::string hexadecimal(Address address) {
   constexpr const char* digits = "0123456789abcdef";
@@ -41,64 +48,307 @@ class Pool::Operation {
   std::scoped_lock<std::mutex> lock_;
 };
 
-Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit)
+Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions options)
     : always_verify_(std::getenv("GLAKE_CHECK_INVARIANTS") != nullptr),
+      options_(options),
       memory_(std::move(memory)),
-      blocks_(std::make_unique<BlockPool>(*memory_, limit)),
-      slabs_(std::make_unique<Slabs>(*blocks_)) {
+      order_(memory_->streams()),
+      fences_(order_, options.ignore_streams),
+      chunks_(*memory_, fences_, limit),
+      weights_(make_arena(Arena::Mode::streamless, true)),
+      streamless_(make_arena(Arena::Mode::streamless, false)) {
 #ifndef NDEBUG
   always_verify_ = true;
 #endif
 }
 
 Pool::~Pool() {
+  memory_->observe(nullptr);
   for (const auto& [address, bytes] : files_) memory_->unmap_file(address, bytes);
 }
 
-Address Pool::allocate(std::size_t bytes, Tag tag) {
+void Pool::add(Range& range) { table_.emplace(range.address, &range); }
+void Pool::remove(Range& range) noexcept { table_.erase(range.address); }
+
+Arena& Pool::make_arena(Arena::Mode mode, bool weights) {
+  return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode, weights);
+}
+
+Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
+  if (tag == Tag::weights) return weights_;
+  if (order_ == nullptr || stream == no_stream) return streamless_;
+  const auto state = order_->state(stream);
+  if (!state) {
+    throw DriverError("stream " + hexadecimal(stream) +
+                      " is not one of this device, or was destroyed. Pass a live stream of the pool's device.");
+  }
+  if (state->capture != 0) {
+    for (Arena* arena : graphs_) {
+      if (arena->capture_id != state->capture || arena->stream_id != state->id) continue;
+      arena->stream = stream;
+      return *arena;
+    }
+    auto gone = std::make_shared<std::atomic<bool>>(false);
+    graphs_.reserve(graphs_.size() + 1);
+    Arena& arena = make_arena(Arena::Mode::capture, false);
+    try {
+      order_->watch_graph(stream, gone);
+    } catch (...) {
+      arenas_.pop_back();
+      throw;
+    }
+    arena.stream = stream;
+    arena.stream_id = state->id;
+    arena.capture_id = state->capture;
+    arena.may_be_capturing = true;
+    arena.graph_is_gone = std::move(gone);
+    graphs_.push_back(&arena);
+    count_captures();
+    return arena;
+  }
+  if (!graphs_.empty()) notice_end_of_capture(state->id);
+  auto found = by_stream_.find(state->id);
+  if (found == by_stream_.end()) {
+    prune_arenas();
+    Arena& arena = make_arena(Arena::Mode::stream, false);
+    arena.stream_id = state->id;
+    found = by_stream_.emplace(state->id, &arena).first;
+  }
+  found->second->stream = stream;
+  return *found->second;
+}
+
+// A request of this stream that is not being captured: no capture on it is in progress.
+void Pool::notice_end_of_capture(std::uint64_t stream_id) noexcept {
+  for (Arena* arena : graphs_) {
+    if (arena->stream_id == stream_id) arena->may_be_capturing = false;
+  }
+  count_captures();
+}
+
+Arena* Pool::capture_on(std::uint64_t stream_id) noexcept {
+  for (Arena* arena : graphs_) {
+    if (arena->stream_id == stream_id && arena->may_be_capturing) return arena;
+  }
+  return nullptr;
+}
+
+void Pool::count_captures() noexcept {
+  fences_.captures = expected_captures_;
+  for (const Arena* arena : graphs_) fences_.captures += arena->may_be_capturing ? 1 : 0;
+}
+
+// What was kept for graphs that are gone serves everybody again.
+void Pool::collect_graphs() {
+  for (std::size_t i = graphs_.size(); i-- > 0;) {
+    Arena& arena = *graphs_[i];
+    if (!arena.graph_is_gone->load(std::memory_order_acquire)) continue;
+    graphs_.erase(graphs_.begin() + static_cast<std::ptrdiff_t>(i));
+    arena.flush(slab_table_);
+    arena.mode = Arena::Mode::streamless;
+    arena.last = fences_.now();
+    arena.each_heap([](Heap& heap) { heap.publish(); });
+    count_captures();
+    for (const Address address : std::exchange(arena.kept, {})) {
+      kept_.erase(address);
+      take_back(find(address), address, false);
+    }
+  }
+}
+
+void Pool::prune_arenas() noexcept {
+  if (arenas_.size() < most_arenas) return;
+  for (auto arena = arenas_.begin(); arena != arenas_.end();) {
+    const bool permanent = &*arena == &weights_ || &*arena == &streamless_ || arena->mode == Arena::Mode::capture;
+    if (permanent || arena->in_use()) {
+      // A vacant slab is a live range: look again without it.
+      if (!permanent) arena->flush(slab_table_);
+      if (permanent || arena->in_use()) {
+        ++arena;
+        continue;
+      }
+    }
+    arena->flush(slab_table_);
+    if (!arena->small.clear() || !arena->medium.clear() || !arena->large.clear()) {
+      ++arena;
+      continue;
+    }
+    if (arena->mode == Arena::Mode::stream) by_stream_.erase(arena->stream_id);
+    arena = arenas_.erase(arena);
+  }
+}
+
+void Pool::flush_all() noexcept {
+  for (Arena& arena : arenas_) arena.flush(slab_table_);
+}
+
+std::size_t Pool::soft_limit(std::size_t bytes) const noexcept {
+  const std::size_t demand = std::max(usage_.peak_requested, plus(usage_.requested, bytes));
+  return plus(plus(demand, demand / 25), std::size_t{16} << 20);
+}
+
+Range* Pool::acquire(Heap& heap, std::size_t bytes) {
+  if (Range* range = heap.reuse(bytes)) return range;
+  collect_graphs();
+  heap.arena().flush(slab_table_);
+  if (Range* range = heap.fit(bytes)) return range;
+  if (bytes > chunks_.limit()) return nullptr;  // also: sizes that could not be added to anything
+  if (chunks_.idle() < heap.missing(bytes)) {
+    flush_all();
+    if (Range* range = heap.fit(bytes)) return range;
+  }
+  Range* range = nullptr;
+  try {
+    range = heap.grow(bytes, soft_limit(bytes));
+  } catch (const DriverError&) {
+    // The device may have less room than our limit, and the system bounds how many mappings a process has: with
+    // nothing idle and nothing spare it may work.
+    flush_all();
+    chunks_.drop_spare_mappings();
+    chunks_.give_back(most, false);
+    range = heap.fit(bytes);
+    if (range == nullptr) range = heap.grow(bytes, most);
+  }
+  if (range == nullptr) {
+    flush_all();
+    range = heap.fit(bytes);
+    if (range == nullptr) range = heap.grow(bytes, most);
+  }
+  return range;
+}
+
+void Pool::hold(std::uint32_t holder, std::size_t bytes) {
+  if (holder >= held_.size()) held_.resize(holder + 64);
+  held_[holder] += bytes;
+}
+
+Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   if (bytes == 0) return 0;
   const Operation operation(*this);
+  const std::uint32_t holder = thread_label() * tag_count + static_cast<std::uint32_t>(tag);
+  hold(holder, 0);  // what can fail for want of ordinary memory comes first
+  Arena& arena = arena_for(tag, stream);
   Address address = 0;
-  if (bytes < small_limit) {
-    address = slabs_->allocate(bytes, tag);
-    if (address == 0) throw_out_of_memory(bytes, slabs_->smallest_slab(bytes));
-  } else {
-    const std::size_t block_bytes = round_up(bytes, blocks_->granule());
-    Block* block = blocks_->acquire(block_bytes);
-    if (block == nullptr) throw_out_of_memory(bytes, block_bytes);
-    block->tag = tag;
-    block->requested = bytes;
-    large_[static_cast<std::size_t>(tag)] += block->bytes();
-    address = block->address();
+  try {
+    if (bytes < small_limit) {
+      address = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
+      if (address == 0) {
+        throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))), false);
+      }
+    } else {
+      Heap& heap = arena.heap_for(bytes);
+      if (bytes > most - page) throw_out_of_memory(bytes, nullptr, bytes, false);
+      Range* range = acquire(heap, heap.rounded(bytes));
+      if (range == nullptr) throw_out_of_memory(bytes, &heap, heap.rounded(bytes), false);
+      range->requested = bytes;
+      range->holder = holder;
+      usage_.add(range->bytes);
+      address = range->address;
+    }
+  } catch (const DeviceFullError&) {
+    throw_out_of_memory(bytes, nullptr, bytes, true);
   }
-  requested_ += bytes;
+  usage_.request(bytes);
+  held_[holder] += bytes;
   ++allocations_;
+  if (recorder_) {
+    recorder_->allocated(address, bytes, static_cast<std::uint8_t>(tag), thread_label(), stream);
+  }
   verify();
   return address;
 }
 
-void Pool::deallocate(Address address) {
-  if (address == 0) return;
-  const Operation operation(*this);
-  if (Slab* slab = slabs_->find(address)) {
-    if (!Slabs::is_live(*slab, address)) {
+Pool::Found Pool::find(Address address) {
+  if (const auto step = slab_table_.find(address / Arena::slab_step * Arena::slab_step); step != slab_table_.end()) {
+    Slab& slab = *step->second;
+    if (!Slabs::is_live(slab, address)) {
       throw InvalidPointer("address " + hexadecimal(address) +
                            " is inside a slab but is no live object of it: freed twice, or not the address that was "
                            "handed out");
     }
-    requested_ -= slabs_->deallocate(*slab, address);
-  } else {
-    Block* block = blocks_->find(address);
-    if (block == nullptr) {
-      throw InvalidPointer("address " + hexadecimal(address) +
-                           " does not belong to this pool: it was never handed out, or freed long ago");
-    }
-    if (!block->active)
-      throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
-    large_[static_cast<std::size_t>(block->tag)] -= block->bytes();
-    requested_ -= block->requested;
-    blocks_->release(*block);
+    return {slab.range, &slab};
   }
+  const auto found = table_.find(address);
+  if (found == table_.end()) {
+    throw InvalidPointer("address " + hexadecimal(address) +
+                         " does not belong to this pool: it was never handed out, or freed long ago");
+  }
+  if (found->second->state != RangeState::live) {
+    throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
+  }
+  return {found->second, nullptr};
+}
+
+// Sets what was freed to zero, behind all work that may still use it.
+void Pool::wipe(Address address, std::size_t bytes, const Arena& arena) {
+  if (arena.mode == Arena::Mode::capture) return;  // the graph's own
+  if (order_ == nullptr) {
+    memory_->fill(address, bytes, 0, no_stream);
+    return;
+  }
+  const StreamHandle own = order_->own_stream();
+  fences_.wait(fences_.now(), own);
+  memory_->fill(address, bytes, 0, own);
+}
+
+void Pool::take_back(Found found, Address address, bool keep) {
+  Range& range = *found.range;
+  Arena& arena = range.heap.arena();
+  Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.slab->position(address)] : nullptr;
+  const std::size_t requested = object != nullptr ? object->requested : range.requested;
+  const std::uint32_t holder = object != nullptr ? object->holder : range.holder;
+  Fence fence = 0;
+  if (!keep) {
+    if (options_.wipe) {
+      wipe(address, object != nullptr ? found.slab->object_bytes : range.bytes, arena);
+      if (arena.mode != Arena::Mode::capture) fence = fences_.now();
+    } else if (arena.mode == Arena::Mode::streamless) {
+      fence = fences_.record();
+    }
+    if (arena.mode == Arena::Mode::stream) arena.last = fences_.now();
+  }
+  usage_.requested -= requested;
+  held_[holder] -= requested;
+  if (keep) {
+    if (object != nullptr) object->requested = 0;
+    range.requested = 0;  // (a slab's is 0)
+    return;
+  }
+  if (object != nullptr) {
+    found.slab->arena->slabs.deallocate(*found.slab, address, fence, usage_);
+  } else {
+    usage_.active -= range.bytes;
+    range.fence = fence;
+    range.heap.release(range);
+  }
+}
+
+void Pool::deallocate(Address address, StreamHandle stream) {
+  if (address == 0) return;
+  const Operation operation(*this);
+  if (!kept_.empty() && kept_.contains(address)) {
+    throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
+  }
+  const Found found = find(address);
+  const Arena& arena = found.range->heap.arena();
+  Arena* graph = nullptr;
+  if (order_ != nullptr && !graphs_.empty()) {
+    if (stream != no_stream) {
+      if (const auto state = order_->state(stream); state && state->capture == 0) notice_end_of_capture(state->id);
+    }
+    if (arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream_id);
+  }
+  if (graph != nullptr) {
+    graph->kept.push_back(address);
+    kept_.insert(address);
+  }
+  if (recorder_) {
+    recorder_->freed(address,
+                     found.slab != nullptr ? found.slab->objects[found.slab->position(address)].requested
+                                           : found.range->requested,
+                     arena.mode == Arena::Mode::streamless ? no_stream : arena.stream);
+  }
+  take_back(found, address, graph != nullptr);
   ++deallocations_;
   verify();
 }
@@ -107,18 +357,23 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
-  if (!blocks_->pin(pages)) throw_out_of_memory(bytes, pages);
+  if (!chunks_.pin(pages)) {
+    flush_all();
+    if (!chunks_.pin(pages)) throw_out_of_memory(bytes, nullptr, pages, false);
+  }
   Address address = 0;
   try {
     address = memory_->map_file(descriptor, bytes);
     files_.emplace(address, bytes);
   } catch (...) {
     if (address != 0) memory_->unmap_file(address, bytes);
-    blocks_->unpin(pages);
+    chunks_.unpin(pages);
     throw;
   }
   file_bytes_ += pages;
-  requested_ += bytes;
+  usage_.add(pages);
+  usage_.request(bytes);
+  hold(static_cast<std::uint32_t>(Tag::weights), bytes);
   verify();
   return address;
 }
@@ -131,29 +386,48 @@ void Pool::unmap_file(Address address) {
                          " is not that of a mapped file of this pool: never mapped, or unmapped already");
   }
   const std::size_t bytes = found->second;
+  const std::size_t pages = round_up(bytes, page);
   memory_->unmap_file(address, bytes);
   files_.erase(found);
-  blocks_->unpin(round_up(bytes, page));
-  file_bytes_ -= round_up(bytes, page);
-  requested_ -= bytes;
+  chunks_.unpin(pages);
+  file_bytes_ -= pages;
+  usage_.active -= pages;
+  usage_.requested -= bytes;
+  held_[static_cast<std::size_t>(Tag::weights)] -= bytes;
   verify();
 }
 
 std::size_t Pool::trim(std::size_t target) {
   const Operation operation(*this);
-  const std::size_t given_back = blocks_->trim(target);
+  collect_graphs();
+  flush_all();
+  const std::size_t reserved = chunks_.reserved();
+  const std::size_t given_back = reserved > target ? chunks_.give_back(reserved - target, false) : 0;
   verify();
   return given_back;
 }
 
 void Pool::set_limit(std::size_t limit) {
   const Operation operation(*this);
-  if (!blocks_->set_limit(limit)) throw LimitTooLow(limit, blocks_->active());
+  collect_graphs();
+  if (chunks_.reserved() > limit) {
+    flush_all();
+    if (in_use() > limit) throw LimitTooLow(limit, in_use());
+    chunks_.give_back(chunks_.reserved() - limit, false);
+    if (chunks_.reserved() > limit) throw LimitTooLow(limit, chunks_.reserved());
+  }
+  chunks_.set_limit(limit);
   verify();
 }
 
-std::size_t Pool::held(Tag tag) const noexcept {
-  return large_[static_cast<std::size_t>(tag)] + slabs_->active(tag) + (tag == Tag::weights ? file_bytes_ : 0);
+void Pool::expect_captures(bool on) {
+  const Operation operation(*this);
+  if (on) {
+    ++expected_captures_;
+  } else if (expected_captures_ != 0) {
+    --expected_captures_;
+  }
+  count_captures();
 }
 
 PoolStats Pool::stats() const {
@@ -161,28 +435,112 @@ PoolStats Pool::stats() const {
   std::unique_lock lock(mutex_, std::defer_lock);
   if (!process_.is_child()) lock.lock();
   PoolStats stats;
-  stats.active = blocks_->active();
-  stats.idle = blocks_->idle();
-  stats.reserved = blocks_->reserved();
-  stats.peak_active = blocks_->peak_active();
-  stats.peak_reserved = blocks_->peak_reserved();
-  stats.requested = requested_;
-  stats.limit = blocks_->limit();
-  stats.weights = held(Tag::weights);
+  stats.active = usage_.active;
+  stats.idle = chunks_.reserved() - usage_.active;
+  stats.reserved = chunks_.reserved();
+  stats.peak_active = usage_.peak_active;
+  stats.peak_reserved = chunks_.peak_reserved();
+  stats.requested = usage_.requested;
+  stats.peak_requested = usage_.peak_requested;
+  stats.limit = chunks_.limit();
+  stats.weights = file_bytes_;
   stats.mapped_files = file_bytes_;
   stats.allocations = allocations_;
   stats.deallocations = deallocations_;
-  stats.chunks = blocks_->chunks();
-  stats.blocks = blocks_->blocks();
-  stats.stitched_blocks = blocks_->stitched_blocks();
-  stats.slabs = slabs_->count();
+  stats.chunks = chunks_.all().size();
+  stats.mappings = chunks_.mappings();
+  for (const Arena& arena : arenas_) {
+    stats.slabs += arena.slabs.count();
+    arena.each_heap([&](const Heap& heap) { stats.ranges += heap.ranges().size(); });
+  }
+  for (std::size_t holder = static_cast<std::size_t>(Tag::weights); holder < held_.size(); holder += tag_count) {
+    stats.weights += held_[holder];
+  }
+  std::size_t files = 0;
+  for (const auto& [address, bytes] : files_) files += bytes;
+  stats.weights -= files;  // counted in pages already
+  stats.arenas = arenas_.size();
+  stats.stitches = chunks_.stitches();
   stats.driver_calls = memory_->calls();
   return stats;
 }
 
+std::vector<Holder> Pool::holders() const {
+  const Operation operation(*this);
+  return holders_locked();
+}
+
+std::vector<Holder> Pool::holders_locked() const {
+  std::vector<Holder> holders;
+  for (std::size_t holder = 0; holder < held_.size(); ++holder) {
+    if (held_[holder] == 0) continue;
+    holders.push_back({label_name(static_cast<std::uint32_t>(holder / tag_count)), static_cast<Tag>(holder % tag_count),
+                       held_[holder]});
+  }
+  std::sort(holders.begin(), holders.end(), [](const Holder& a, const Holder& b) { return a.bytes > b.bytes; });
+  return holders;
+}
+
 void Pool::reset_peaks() {
   const Operation operation(*this);
-  blocks_->reset_peaks();
+  chunks_.reset_peak();
+  usage_.peak_active = usage_.active;
+  usage_.peak_requested = usage_.requested;
+}
+
+void Pool::start_recording(std::size_t most_events) {
+  const Operation operation(*this);
+  recorder_ = std::make_unique<Recorder>(most_events);
+  memory_->observe(recorder_.get());
+}
+
+std::vector<TraceEvent> Pool::stop_recording() {
+  const Operation operation(*this);
+  if (!recorder_) return {};
+  memory_->observe(nullptr);
+  return std::exchange(recorder_, nullptr)->take();
+}
+
+std::vector<SegmentView> Pool::snapshot() const {
+  const Operation operation(*this);
+  std::vector<SegmentView> segments;
+  for (const Arena& arena : arenas_) {
+    arena.each_heap([&](const Heap& heap) {
+      const void* segment = nullptr;
+      Address end = 0;
+      for (const auto& [address, range] : heap.ranges()) {
+        if (segments.empty() || range.segment != segment || address != end) {
+          const bool ordered = arena.mode == Arena::Mode::stream;
+          segments.push_back({address, 0, heap.kind(), arena.serial, ordered ? arena.stream : no_stream, {}});
+        }
+        segment = range.segment;
+        end = range.end();
+        SegmentView& view = segments.back();
+        view.bytes += range.bytes;
+        const auto show = [&](Address start, std::size_t bytes, std::size_t requested, const char* state,
+                              std::uint32_t holder) {
+          view.ranges.push_back({start, bytes, requested, state, static_cast<Tag>(holder % tag_count),
+                                 label_name(holder / tag_count)});
+        };
+        if (range.slab != nullptr && range.state == RangeState::live) {
+          const Slab& slab = *range.slab;
+          for (std::size_t object = 0; object < slab.capacity; ++object) {
+            const Address start = range.address + object * slab.object_bytes;
+            const bool live = (slab.free[object / 64] >> (object % 64) & 1) == 0;
+            show(start, slab.object_bytes, live ? slab.objects[object].requested : 0, live ? "active" : "cached",
+                 live ? slab.objects[object].holder : 0);
+          }
+          const std::size_t rest = range.bytes - slab.capacity * slab.object_bytes;
+          if (rest != 0) show(range.end() - rest, rest, 0, "cached", 0);
+        } else if (range.state == RangeState::live) {
+          show(address, range.bytes, range.requested, "active", range.holder);
+        } else {
+          show(address, range.bytes, 0, range.state == RangeState::cached || range.held ? "cached" : "free", 0);
+        }
+      }
+    });
+  }
+  return segments;
 }
 
 void Pool::inject_failure(std::int64_t n, std::int64_t times) {
@@ -190,17 +548,19 @@ void Pool::inject_failure(std::int64_t n, std::int64_t times) {
   memory_->inject_failure(n, times);
 }
 
-void Pool::throw_out_of_memory(std::size_t requested, std::size_t block_bytes) const {
+void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::size_t range_bytes, bool device_full) {
+  flush_all();
   OutOfMemory record;
   record.requested = requested;
-  record.active = blocks_->active();
-  record.idle = blocks_->idle();
-  record.reserved = blocks_->reserved();
-  record.limit = blocks_->limit();
-  record.needed_limit = block_bytes > most - record.active ? most : record.active + block_bytes;
+  record.active = usage_.active;
+  record.idle = chunks_.reserved() - usage_.active;
+  record.reserved = chunks_.reserved();
+  record.limit = chunks_.limit();
+  record.needed_limit = plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
   record.device_free = memory_->free_bytes();
-  for (std::size_t tag = 0; tag < tag_count; ++tag) record.holders[tag] = held(static_cast<Tag>(tag));
-  throw OutOfMemoryError(record);
+  record.device_full = device_full;
+  record.holders = holders_locked();
+  throw OutOfMemoryError(std::move(record));
 }
 
 void Pool::check_invariants() const {
@@ -216,23 +576,43 @@ void Pool::check_locked() const {
   const auto require = [](bool holds, const char* invariant) {
     if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
   };
-  blocks_->check_invariants();
-  slabs_->check_invariants();
-  std::array<std::size_t, tag_count> large{};
-  std::size_t slabs = 0;
-  for (const Block& block : blocks_->all_blocks()) {
-    if (!block.active) continue;
-    if (block.slab != nullptr) {
-      ++slabs;
-    } else {
-      large[static_cast<std::size_t>(block.tag)] += block.bytes();
-    }
+  chunks_.check_invariants();
+  std::size_t active = file_bytes_;
+  std::size_t requested = 0;
+  std::size_t steps = 0;
+  std::size_t listed = 0;
+  for (const auto& [address, bytes] : files_) requested += bytes;
+  for (const Arena& arena : arenas_) {
+    arena.slabs.check_invariants(slab_table_);
+    active += arena.slabs.active();
+    arena.each_heap([&](const Heap& heap) {
+      heap.check_invariants();
+      for (const auto& [address, range] : heap.ranges()) {
+        if (range.state == RangeState::free) continue;
+        ++listed;
+        const auto found = table_.find(address);
+        require(found != table_.end() && found->second == &range, "every range in use is found by its address");
+        if (range.state != RangeState::live) continue;
+        if (range.slab != nullptr) {
+          steps += range.bytes / heap.step();
+          for (std::size_t object = 0; object < range.slab->capacity; ++object) {
+            const bool live = (range.slab->free[object / 64] >> (object % 64) & 1) == 0;
+            if (live) requested += range.slab->objects[object].requested;
+          }
+        } else {
+          active += range.bytes;
+          requested += range.requested;
+        }
+      }
+    });
   }
-  require(slabs == slabs_->count(), "every slab is an active block");
-  require(large == large_, "the bytes of large blocks are counted by tag");
-  require(held(Tag::activations) + held(Tag::weights) == blocks_->active(),
-          "the bytes held by the tags add up to active");
-  require(requested_ <= blocks_->active(), "requested <= active");
+  require(listed == table_.size(), "only ranges in use are found by their addresses");
+  require(steps == slab_table_.size(), "only slabs are found by their steps");
+  require(active == usage_.active && requested == usage_.requested, "active and requested are counted");
+  require(usage_.requested <= usage_.active && usage_.active <= chunks_.reserved(), "requested <= active <= reserved");
+  std::size_t held = 0;
+  for (const std::size_t bytes : held_) held += bytes;
+  require(held == usage_.requested, "the bytes that holders asked for add up to requested");
 }
 
 }  // namespace glake

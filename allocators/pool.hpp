@@ -1,38 +1,46 @@
 // Pool: one device's memory, handed out to every session and engine of a process.
 //
 // Words
-//   granule          the smallest range that can be mapped (64 KiB on the host, 2 MiB on CUDA)
-//   chunk            one piece of physical memory. It is mapped whole or not at all, so it cannot be
-//                    split; it may be mapped at several addresses
-//   block            a contiguous range of addresses, backed by a list of chunks
-//   stitched block   a block whose chunks, some or all, served other blocks before
-//   slab             an active block that is cut into small objects of one size
-//   active           handed out. Of bytes: the chunks of all active blocks, and the mapped files. A
-//                    slab counts whole from its first live object to its last
-//   idle             of a chunk or of bytes: kept for reuse. trim() gives it back
-//   reserved         active + idle: the physical memory that the pool holds. (On the host a page
-//                    that was never touched costs nothing yet, so reserved is an upper bound.)
-//   limit            a hard budget over everything reserved
+//   granule    the smallest range that can be mapped (64 KiB on the host, 2 MiB on CUDA)
+//   chunk      one piece of physical memory (chunks.hpp). It is mapped whole or not at all; it may be mapped at
+//              several addresses, and is used through one of them at a time
+//   range      contiguous addresses that are handed out, kept for reuse, or free (heap.hpp)
+//   segment    a reservation of addresses in which a heap maps chunks one behind the other
+//   stitching  mapping an idle chunk at a further address, where it makes a free range longer
+//   heap       the ranges of one stream and one kind: small (what slabs are made of), medium, large, weights
+//   slab       a range that is cut into small objects of one size (slabs.hpp)
+//   arena      the heaps of one stream (arena.hpp)
+//   active     handed out. Of bytes: the ranges in use, slabs that have a live object, and the mapped files
+//   idle       reserved - active: kept for reuse. Of a chunk: that no range in use or cached lies in it. trim() gives
+//              idle chunks back
+//   reserved   the physical memory that the pool holds. (On the host a page that was never touched costs nothing
+//              yet, so reserved is an upper bound.)
+//   limit      a hard budget over everything reserved
 //
 // Invariants (check_invariants() verifies each of them)
-//   reserved = active + idle;  reserved <= limit
-//   every chunk is in at most one active block, though several blocks may map it
-//   every byte of a block is mapped exactly once
-//   the idle lists hold exactly the chunks that no active block uses
-//   a block can be handed out exactly when it is inactive and all its chunks are idle
-//   every slab is an active block with a live object; each of its objects is live or free
-//   requested <= active, and the bytes held by the tags add up to active
+//   reserved <= limit;  requested <= active <= reserved
+//   every chunk is used through at most one of its mappings; the idle lists hold exactly the chunks that are not used
+//   every byte of a range is mapped exactly once, and no two ranges overlap
+//   a chunk counts exactly the bytes that ranges in use (and cached ones) hold in it
+//   every slab is a live range; each of its objects is live or free
+//   the bytes that holders asked for add up to requested
 //
 // How a request is served
-//   below 1 MiB      from a slab of its size class (size_classes.hpp, slabs.hpp)
-//   else             rounded up to a granule, then (block_pool.hpp)
-//     1. an idle block of exactly that size: no driver call, no search
-//     2. an idle block that is larger by at most 1/8
-//     3. idle chunks are gathered and mapped side by side into a new, stitched block. It is kept
-//        after its release, so that a steady state makes no driver calls
-//     4. chunks that are missing are created. Where the limit (or the device) has no room, idle chunks that
-//        could not be used are given back first: idle memory never makes a request fail
-//     5. OutOfMemory: active + request > limit
+//   below 32 KiB     from a slab of its size class (size_classes.hpp)
+//   else, rounded up to 512 bytes:
+//     1. a cached range of exactly that size: no driver call, no search
+//     2. the smallest free range that holds it, cut to size. (First everything cached in the arena becomes free.)
+//     3. the end of a segment, made longer by idle chunks (stitching) and by as many new ones as are missing. Where
+//        that would take reserved more than 4 % above the most that was ever asked for, idle chunks that cannot serve
+//        are given back; where it would exceed the limit, too
+//     4. OutOfMemory: the chunks in use and those that are missing exceed the limit
+//
+// Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
+// chunks move to other arenas, behind a fence (fences.hpp). Memory without a stream is reused when the device has
+// finished all work that was queued before its free.
+//
+// CUDA graphs. Requests of a stream that is being captured come from an arena of that capture; what is freed there, and
+// what the stream's own arena gets back meanwhile, serves nobody else until the graph and all its copies are gone.
 //
 // Thread-safe: every function may be called from any thread. After a call that throws, nothing of it
 // is left handed out, and the invariants hold.
@@ -44,17 +52,42 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <unordered_map>
+#include <unordered_set>
+#include <vector>
 
-#include "block_pool.hpp"
+#include "arena.hpp"
 #include "process.hpp"
-#include "slabs.hpp"
+#include "recorder.hpp"
 #include "virtual_memory.hpp"
 
 namespace glake {
+
+// What memory is for.
+enum class Tag : std::uint8_t { activations, weights, workspace };
+inline constexpr std::size_t tag_count = 3;
+[[nodiscard]] constexpr const char* tag_name(Tag tag) noexcept {
+  switch (tag) {
+    case Tag::weights:
+      return "weights";
+    case Tag::workspace:
+      return "workspace";
+    default:
+      return "activations";
+  }
+}
+
+struct PoolOptions {
+  // Freed memory is set to zero before anybody else can have it.
+  bool wipe = false;
+  // For a test that has to show that it can fail: memory is used across streams without waiting.
+  bool ignore_streams = false;
+};
 
 // In bytes, unless noted.
 struct PoolStats {
@@ -64,16 +97,26 @@ struct PoolStats {
   std::size_t peak_active = 0;
   std::size_t peak_reserved = 0;
   std::size_t requested = 0;  // as asked for, of what is live; active - requested is lost to rounding
+  std::size_t peak_requested = 0;
   std::size_t limit = 0;
-  std::size_t weights = 0;          // the part of active that is tagged weights, with the mapped files
+  std::size_t weights = 0;          // the part of active that holds weights, with the mapped files
   std::size_t mapped_files = 0;     // the part of weights that is files
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
   std::size_t chunks = 0;           // count
-  std::size_t blocks = 0;           // count, with the inactive ones in the cache
-  std::size_t stitched_blocks = 0;  // count, with the inactive ones in the cache
-  std::size_t slabs = 0;            // count
-  std::uint64_t driver_calls = 0;   // count
+  std::size_t mappings = 0;         // count: chunks at addresses
+  std::size_t ranges = 0;           // count: in use, cached and free
+  std::size_t slabs = 0;            // count, with a live object
+  std::size_t arenas = 0;           // count
+  std::uint64_t stitches = 0;       // count: idle chunks that were mapped at a further address, ever
+  std::uint64_t driver_calls = 0;   // count: for memory (not for streams and events)
+};
+
+// Who holds memory.
+struct Holder {
+  std::string label;
+  Tag tag = Tag::activations;
+  std::size_t bytes = 0;  // as asked for
 };
 
 // The request does not fit. A snapshot of the pool at that moment.
@@ -83,15 +126,16 @@ struct OutOfMemory {
   std::size_t idle = 0;
   std::size_t reserved = 0;
   std::size_t limit = 0;
-  std::size_t needed_limit = 0;                  // the smallest limit with which it would have passed
-  std::size_t device_free = 0;                   // bytes that the device could still give
-  std::array<std::size_t, tag_count> holders{};  // active bytes by tag
+  std::size_t needed_limit = 0;  // the smallest limit with which it would have passed
+  std::size_t device_free = 0;   // bytes that the device could still give
+  bool device_full = false;      // the limit has room, but the device has none
+  std::vector<Holder> holders;   // largest first
 };
 
 class OutOfMemoryError : public std::runtime_error {
  public:
-  explicit OutOfMemoryError(const OutOfMemory& snapshot)
-      : std::runtime_error("out of memory: the pool's limit is reached"), record(snapshot) {}
+  explicit OutOfMemoryError(OutOfMemory snapshot)
+      : std::runtime_error("out of memory: the pool's limit is reached"), record(std::move(snapshot)) {}
   OutOfMemory record;
 };
 
@@ -100,11 +144,11 @@ class InvalidPointer : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The new limit is below what is active.
+// The new limit is below what is in use.
 class LimitTooLow : public std::runtime_error {
  public:
   LimitTooLow(std::size_t new_limit, std::size_t active_bytes)
-      : std::runtime_error("the limit is below the active bytes"), limit(new_limit), active(active_bytes) {}
+      : std::runtime_error("the limit is below what is in use"), limit(new_limit), active(active_bytes) {}
   std::size_t limit;
   std::size_t active;
 };
@@ -115,20 +159,40 @@ class ForkedProcess : public std::runtime_error {
   ForkedProcess() : std::runtime_error("the pool belongs to the parent process") {}
 };
 
-class Pool {
+// A picture of the address space.
+struct RangeView {
+  Address address = 0;
+  std::size_t bytes = 0;
+  std::size_t requested = 0;
+  const char* state = "";  // "active", "cached", "free"
+  Tag tag = Tag::activations;
+  std::string label;
+};
+struct SegmentView {  // a stretch of neighbouring ranges
+  Address address = 0;
+  std::size_t bytes = 0;
+  const char* kind = "";
+  std::uint64_t arena = 0;
+  StreamHandle stream = no_stream;
+  std::vector<RangeView> ranges;
+};
+
+class Pool final : private RangeTable, private RangeSource {
  public:
-  Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit);
+  Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions options = {});
   // Gives everything back, active or not. The pool of a device is never destroyed (device_pool.hpp).
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // At least `bytes` of memory, aligned to 64, from 256 bytes on to 256. 0 for 0 bytes.
-  // Throws OutOfMemoryError, DriverError, ForkedProcess.
-  [[nodiscard]] Address allocate(std::size_t bytes, Tag tag = Tag::activations);
-  // Takes back what allocate() gave; 0 is allowed and does nothing.
+  // At least `bytes` of memory, aligned to 64, from 256 bytes on to 256. 0 for 0 bytes. With a stream (of this device,
+  // alive): to be used by work that is queued on that stream, or behind it. Without one: to be used anywhere.
+  // Counted under the calling thread's label. Throws OutOfMemoryError, DriverError, ForkedProcess.
+  [[nodiscard]] Address allocate(std::size_t bytes, Tag tag = Tag::activations, StreamHandle stream = no_stream);
+  // Takes back what allocate() gave; 0 is allowed and does nothing. Work that uses the memory may still be queued. The
+  // stream that it is on is needed for nothing but to notice a capture, and must be alive if it is given.
   // Throws InvalidPointer, with nothing changed, for any other address.
-  void deallocate(Address address);
+  void deallocate(Address address, StreamHandle stream = no_stream);
 
   // Maps the first `bytes` (> 0) of an open file, read-only, shared with whoever else maps it. Counts as active,
   // under weights, rounded up to a page. The descriptor may be closed afterwards; the file must not be shortened.
@@ -137,15 +201,26 @@ class Pool {
   // Throws InvalidPointer, with nothing changed, for an address that map_file() did not give.
   void unmap_file(Address address);
 
-  // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle.
-  // Returns the bytes given back.
+  // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle. Waits for the
+  // device where work may still touch them. Returns the bytes given back.
   std::size_t trim(std::size_t target = 0);
   // Gives idle chunks back as needed. Throws LimitTooLow, with the old limit in force.
   void set_limit(std::size_t limit);
+  // While this is on, another library may be capturing a CUDA graph on a stream that the pool has never seen: the
+  // pool then does nothing that could break that, and waits on the host instead. Calls nest.
+  void expect_captures(bool on);
 
   // In a child of fork(): the parent's figures as they were.
   [[nodiscard]] PoolStats stats() const;
+  // Who holds memory, largest first; all of it adds up to `requested`.
+  [[nodiscard]] std::vector<Holder> holders() const;
   void reset_peaks();
+
+  // Records up to `most_events` of what happens from now on; a recording in progress is dropped.
+  void start_recording(std::size_t most_events);
+  [[nodiscard]] std::vector<TraceEvent> stop_recording();
+  [[nodiscard]] std::vector<SegmentView> snapshot() const;
+
   // Throws std::logic_error that names the invariant that does not hold. Called after every operation
   // in debug builds, and where the environment has GLAKE_CHECK_INVARIANTS when the pool is made.
   void check_invariants() const;
@@ -155,21 +230,58 @@ class Pool {
  private:
   class Operation;
 
-  [[nodiscard]] std::size_t held(Tag tag) const noexcept;
-  [[noreturn]] void throw_out_of_memory(std::size_t requested, std::size_t block_bytes) const;
+  // RangeTable, RangeSource
+  void add(Range& range) override;
+  void remove(Range& range) noexcept override;
+  [[nodiscard]] Range* acquire(Heap& heap, std::size_t bytes) override;
+
+  [[nodiscard]] Arena& arena_for(Tag tag, StreamHandle stream);
+  [[nodiscard]] Arena& make_arena(Arena::Mode mode, bool weights);
+  void notice_end_of_capture(std::uint64_t stream_id) noexcept;
+  [[nodiscard]] Arena* capture_on(std::uint64_t stream_id) noexcept;
+  void count_captures() noexcept;
+  void collect_graphs();
+  void prune_arenas() noexcept;
+  void flush_all() noexcept;
+  [[nodiscard]] std::size_t soft_limit(std::size_t bytes) const noexcept;
+  [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
+
+  struct Found {
+    Range* range = nullptr;  // of a block, or of the slab
+    Slab* slab = nullptr;
+  };
+  [[nodiscard]] Found find(Address address);
+  void take_back(Found found, Address address, bool keep);
+  void hold(std::uint32_t holder, std::size_t bytes);
+  void wipe(Address address, std::size_t bytes, const Arena& arena);
+  [[noreturn]] void throw_out_of_memory(std::size_t requested, const Heap* heap, std::size_t range_bytes, bool device_full);
+  [[nodiscard]] std::vector<Holder> holders_locked() const;
   void check_locked() const;
   void verify() const;  // check_locked(), where that was asked for
 
   ProcessMark process_;
   bool always_verify_;
+  const PoolOptions options_;
   mutable std::mutex mutex_;
   std::unique_ptr<VirtualMemory> memory_;
-  std::unique_ptr<BlockPool> blocks_;
-  std::unique_ptr<Slabs> slabs_;
-  std::unordered_map<Address, std::size_t> files_;  // mapped files: address -> bytes as asked for
-  std::size_t file_bytes_ = 0;                      // rounded up to pages
-  std::array<std::size_t, tag_count> large_{};      // bytes of active blocks that are no slabs, by tag
-  std::size_t requested_ = 0;
+  StreamOrder* const order_;  // null where there are no streams
+  Fences fences_;
+  Chunks chunks_;
+  std::unordered_map<Address, Range*> table_;  // live and cached ranges by address
+  SlabTable slab_table_;
+  Usage usage_;
+  std::uint64_t arena_serial_ = 0;
+  std::list<Arena> arenas_;
+  Arena& weights_;
+  Arena& streamless_;
+  std::unordered_map<std::uint64_t, Arena*> by_stream_;  // mode stream, by the stream's id
+  std::vector<Arena*> graphs_;                           // mode capture
+  std::unordered_set<Address> kept_;                     // freed, and kept for a graph
+  std::size_t expected_captures_ = 0;
+  std::unordered_map<Address, std::size_t> files_;       // mapped files: address -> bytes as asked for
+  std::size_t file_bytes_ = 0;                           // rounded up to pages
+  std::vector<std::size_t> held_;                        // bytes as asked for, by holder: label * tag_count + tag
+  std::unique_ptr<Recorder> recorder_;
   std::uint64_t allocations_ = 0;
   std::uint64_t deallocations_ = 0;
 };

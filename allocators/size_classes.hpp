@@ -1,7 +1,7 @@
 // The sizes that small requests are rounded up to.
 //
 // 64, 128, 192, 256; then steps of 256 up to 1024; then four steps per doubling (1280, 1536, 1792,
-// 2048, 2560, ...) up to 1 MiB. So a class wastes less than a quarter of the request above 1 KiB,
+// 2048, 2560, ...) up to 32 KiB. So a class wastes less than a quarter of the request above 1 KiB,
 // every class from 256 on is a multiple of 256 and every smaller one of 64: objects that lie back to
 // back are aligned to 256, or to 64.
 #pragma once
@@ -12,14 +12,14 @@
 
 namespace glake {
 
-// Requests below this are small: they share blocks ("slabs"). Others get a block of their own.
-inline constexpr std::size_t small_limit = std::size_t{1} << 20;
+// Requests below this are small: they share ranges ("slabs"). Others get a range of their own, which wastes less.
+inline constexpr std::size_t small_limit = std::size_t{32} << 10;
 
 namespace size_classes {
 
 inline constexpr std::size_t fine_count = 4;                              // multiples of 64, up to 256
 inline constexpr std::size_t coarse_count = 3;                            // 512, 768, 1024
-inline constexpr std::size_t count = fine_count + coarse_count + 4 * 10;  // ... up to 2^20
+inline constexpr std::size_t count = fine_count + coarse_count + 4 * 5;  // ... up to 2^15
 
 // The class of a request of 1 to small_limit bytes.
 [[nodiscard]] constexpr std::size_t index(std::size_t bytes) noexcept {
@@ -47,8 +47,7 @@ static_assert(index(small_limit) == count - 1 && bytes(count - 1) == small_limit
 
 // How many objects a full-grown slab of this class should have room for.
 [[nodiscard]] constexpr std::size_t objects_per_slab(std::size_t object_bytes) noexcept {
-  if (object_bytes <= 4096) return std::max<std::size_t>(65536 / object_bytes, 1);
-  return object_bytes <= (std::size_t{256} << 10) ? 8 : 4;
+  return std::max<std::size_t>(65536 / object_bytes, 8);
 }
 
 }  // namespace size_classes

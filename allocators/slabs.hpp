@@ -1,12 +1,12 @@
-// Slabs: small objects that share blocks.
+// Slabs: small objects that share ranges.
 //
-// A slab is an active block cut into objects of one size class and one tag. Which objects are free is
-// kept outside the memory itself (device memory cannot be read from here). A slab that has no live
-// object goes back to the BlockPool at once, where its memory is idle.
+// A slab is a range cut into objects of one size class, for one arena. Which objects are free is kept outside the
+// memory itself (device memory cannot be read from here). A slab without a live object is vacant: it serves the next
+// object of its class, and goes back to its heap when anything is flushed.
 //
-// A class begins with a slab for one object and doubles with demand, so that a size that occurs once
-// does not pin memory for eight. Where the limit leaves no room for the slab that demand would
-// justify, one for a single object is tried before the request fails.
+// A class begins with a slab of one step (Arena::slab_step) and doubles with demand, so that a size that occurs once
+// does not pin memory for eight. Where the limit leaves no room for the slab that demand would justify, a small one
+// is tried before the request fails.
 //
 // Not thread-safe: Pool locks.
 #pragma once
@@ -18,43 +18,80 @@
 #include <unordered_map>
 #include <vector>
 
-#include "block_pool.hpp"
+#include "heap.hpp"
 #include "size_classes.hpp"
 
 namespace glake {
 
+// What is handed out, in bytes.
+struct Usage {
+  std::size_t active = 0;  // ranges in use; a slab counts whole while it has a live object
+  std::size_t peak_active = 0;
+  std::size_t requested = 0;  // as asked for
+  std::size_t peak_requested = 0;
+
+  void add(std::size_t bytes) noexcept {
+    active += bytes;
+    if (active > peak_active) peak_active = active;
+  }
+  void request(std::size_t bytes) noexcept {
+    requested += bytes;
+    if (requested > peak_requested) peak_requested = requested;
+  }
+};
+
 struct Slab {
-  Block* block = nullptr;
+  struct Object {
+    std::uint32_t requested = 0;  // bytes as asked for
+    std::uint32_t holder = 0;
+  };
+  Range* range = nullptr;
+  Arena* arena = nullptr;
   std::size_t class_index = 0;
   std::size_t object_bytes = 0;
-  std::size_t capacity = 0;              // objects
-  std::size_t live = 0;                  // objects handed out
-  std::vector<std::uint64_t> free;       // one bit per object, set while it is free
-  std::vector<std::uint32_t> requested;  // per live object: bytes as asked for
-  Link<Slab> partial_link;               // in the list of slabs that have a free object
+  std::size_t capacity = 0;         // objects
+  std::size_t live = 0;             // objects handed out
+  std::vector<std::uint64_t> free;  // one bit per object, set while it is free
+  std::vector<Object> objects;      // of the live ones
+  std::vector<Fence> fences;        // of the free ones, where the arena has no stream: work that may still touch them
+  Fence fence = 0;                  // the latest of them
+  Link<Slab> partial_link;          // in the list of slabs that have a free object
+
+  [[nodiscard]] std::size_t position(Address address) const noexcept { return (address - range->address) / object_bytes; }
+};
+
+// Slabs by address: every step of a slab's range points to it.
+using SlabTable = std::unordered_map<Address, Slab*>;
+
+// Where slabs get their ranges from, with everything that the pool does to find one. Null if the limit has no room.
+class RangeSource {
+ public:
+  [[nodiscard]] virtual Range* acquire(Heap& heap, std::size_t bytes) = 0;
+
+ protected:
+  ~RangeSource() = default;
 };
 
 class Slabs {
  public:
-  explicit Slabs(BlockPool& blocks) : blocks_(blocks) {}
+  explicit Slabs(Arena& arena) : arena_(arena) {}
   Slabs(const Slabs&) = delete;
   Slabs& operator=(const Slabs&) = delete;
 
-  // An object of `bytes` (1 to small_limit); 0 when the limit does not allow it. Throws DriverError.
-  [[nodiscard]] Address allocate(std::size_t bytes, Tag tag);
-  // The slab that this address lies in, or null.
-  [[nodiscard]] Slab* find(Address address) const noexcept;
+  // An object of `bytes` (1 to small_limit - 1); 0 when the limit does not allow it. Throws DriverError.
+  [[nodiscard]] Address allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
+                                 Usage& usage);
   // Whether the address is that of a live object of the slab.
   [[nodiscard]] static bool is_live(const Slab& slab, Address address) noexcept;
-  // Frees a live object; returns the bytes that were asked for it.
-  std::size_t deallocate(Slab& slab, Address address) noexcept;
+  // Frees a live object, which work behind `fence` may still touch; returns what it was.
+  Slab::Object deallocate(Slab& slab, Address address, Fence fence, Usage& usage);
+  // Gives the ranges of vacant slabs back to the heap.
+  void flush(SlabTable& table) noexcept;
 
-  // What an object of `bytes` adds to the active bytes if no slab has room for it.
-  [[nodiscard]] std::size_t smallest_slab(std::size_t bytes) const noexcept;
-  // Bytes of the slabs of a tag.
-  [[nodiscard]] std::size_t active(Tag tag) const noexcept { return active_[static_cast<std::size_t>(tag)]; }
-  [[nodiscard]] std::size_t count() const noexcept { return slabs_.size(); }
-  void check_invariants() const;
+  [[nodiscard]] std::size_t count() const noexcept { return slabs_.size() - vacant_; }
+  // Bytes of the slabs that have a live object.
+  [[nodiscard]] std::size_t active() const noexcept { return active_; }
+  void check_invariants(const SlabTable& table) const;
 
  private:
   using Partial = IntrusiveList<Slab, &Slab::partial_link>;
@@ -63,14 +100,13 @@ class Slabs {
     std::size_t live = 0;  // objects, in all its slabs
   };
 
-  [[nodiscard]] Slab* make(std::size_t class_index, Tag tag);
-  void destroy(Slab& slab) noexcept;
+  [[nodiscard]] Slab* make(std::size_t class_index, RangeSource& source, SlabTable& table);
 
-  BlockPool& blocks_;
-  std::array<std::array<Class, size_classes::count>, tag_count> classes_;
-  std::array<std::size_t, tag_count> active_{};
-  std::unordered_map<Block*, std::unique_ptr<Slab>> slabs_;
-  std::unordered_map<std::size_t, Slab*> by_granule_;  // address / granule -> the slab that covers it
+  Arena& arena_;
+  std::array<Class, size_classes::count> classes_;
+  std::unordered_map<const Range*, std::unique_ptr<Slab>> slabs_;
+  std::size_t vacant_ = 0;  // slabs
+  std::size_t active_ = 0;
 };
 
 }  // namespace glake

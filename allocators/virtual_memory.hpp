@@ -13,7 +13,7 @@
 // - No call breaks a CUDA stream capture that is in progress on any thread.
 // - In a child of fork() the calls that give back do nothing: the memory is the parent's.
 //
-// The owners AddressRange, PhysicalMemory and MappedRange below hold one driver object each, so that
+// The owners AddressRange and PhysicalMemory below hold one driver object each, so that
 // a set-up of several steps undoes itself when a later step fails.
 #pragma once
 
@@ -44,6 +44,21 @@ enum class Access { none, read_only, read_write };
 class DriverError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+};
+
+// The device has no memory left for a new chunk: other processes, or this one outside the pool, hold it.
+class DeviceFullError : public DriverError {
+  using DriverError::DriverError;
+};
+
+// Told of every chunk that is mapped and every range that is unmapped.
+class MapObserver {
+ public:
+  virtual void mapped(Address address, std::size_t bytes) noexcept = 0;
+  virtual void unmapped(Address address, std::size_t bytes) noexcept = 0;
+
+ protected:
+  ~MapObserver() = default;
 };
 
 class VirtualMemory {
@@ -83,9 +98,11 @@ class VirtualMemory {
   void map(Address address, ChunkHandle handle) {
     count("map", handle.bytes);
     do_map(address, handle);
+    if (observer_ != nullptr) observer_->mapped(address, handle.bytes);
   }
   // Removes every mapping in the range; its edges must be edges of mappings. The range stays reserved.
   void unmap(Address address, std::size_t bytes) noexcept {
+    if (observer_ != nullptr) observer_->unmapped(address, bytes);
     if (begin_give_back()) do_unmap(address, bytes);
   }
   // Changes the access to mapped memory; edges as for unmap.
@@ -125,6 +142,8 @@ class VirtualMemory {
   // The order of the device's queued work; null where work is done when it returns (the host).
   [[nodiscard]] virtual StreamOrder* streams() noexcept { return nullptr; }
 
+  void observe(MapObserver* observer) noexcept { observer_ = observer; }
+
   // How many calls reached the driver or the operating system so far.
   [[nodiscard]] std::uint64_t calls() const noexcept { return calls_; }
 
@@ -162,6 +181,7 @@ class VirtualMemory {
   }
 
   ProcessMark process_;
+  MapObserver* observer_ = nullptr;
   std::uint64_t calls_ = 0;
   std::int64_t until_failure_ = 0;
   std::int64_t failures_left_ = 0;
@@ -202,31 +222,6 @@ class AddressRange {
   VirtualMemory* memory_;
   Address address_;
   std::size_t bytes_;
-};
-
-// Owns an address range and what is mapped in it, front to back.
-class MappedRange {
- public:
-  MappedRange(VirtualMemory& memory, std::size_t bytes) : memory_(&memory), range_(memory, bytes) {}
-  MappedRange(MappedRange&& other) noexcept
-      : memory_(other.memory_), range_(std::move(other.range_)), mapped_(std::exchange(other.mapped_, 0)) {}
-  MappedRange& operator=(MappedRange&&) = delete;
-  ~MappedRange() {
-    if (mapped_ != 0) memory_->unmap(range_.address(), mapped_);
-  }
-  // Maps a chunk behind the ones that are mapped already.
-  void append(ChunkHandle handle) {
-    memory_->map(range_.address() + mapped_, handle);
-    mapped_ += handle.bytes;
-  }
-  [[nodiscard]] Address address() const noexcept { return range_.address(); }
-  [[nodiscard]] std::size_t bytes() const noexcept { return range_.bytes(); }
-  [[nodiscard]] std::size_t mapped() const noexcept { return mapped_; }
-
- private:
-  VirtualMemory* memory_;
-  AddressRange range_;
-  std::size_t mapped_ = 0;
 };
 
 }  // namespace glake

@@ -1,0 +1,437 @@
+#include "heap.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cassert>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "arena.hpp"
+
+namespace glake {
+namespace {
+
+constexpr std::size_t GiB = std::size_t{1} << 30;
+// Address space is plenty (47 bits): a segment that is outgrown leaves the end of its last chunk unused.
+constexpr std::size_t segment_bytes = 16 * GiB;
+// A heap grows by at least a 32nd of what it has mapped, up to this: many small mappings are slow.
+constexpr std::size_t most_quantum = std::size_t{2} << 20;
+
+std::size_t round_up(std::size_t bytes, std::size_t step) { return (bytes + step - 1) / step * step; }
+
+}  // namespace
+
+Heap::~Heap() {
+  for (auto& [address, range] : ranges_) {
+    if (range.state != RangeState::free) table_.remove(range);
+    if (range.state == RangeState::cached) bin(range.bytes).remove(range);
+  }
+  // What is still in use goes with its heap: the pool is being destroyed.
+  for (auto& [address, mapping] : mappings_) chunks_.abandon(mapping);
+}
+
+std::size_t Heap::rounded(std::size_t bytes) const noexcept { return round_up(bytes, step_); }
+
+Heap::Cached& Heap::bin(std::size_t bytes) noexcept {
+  return cache_[(bytes / step_ * 0x9E3779B97F4A7C15U) >> 58];
+}
+
+Range* Heap::reuse(std::size_t bytes) {
+  constexpr int most_looked_at = 16;
+  Cached& cached = bin(bytes);
+  Range* found = nullptr;
+  int looked_at = 0;
+  // The most recently used one: what it holds is the likeliest to be in a cache. Without a stream, one that the
+  // device has finished with.
+  for (Range* range = cached.back(); range != nullptr && looked_at < most_looked_at; range = Cached::previous(*range)) {
+    ++looked_at;
+    if (range->bytes != bytes) continue;
+    found = range;
+    if (range->fence == 0 || fences_.finished(range->fence)) break;
+  }
+  if (found == nullptr) return nullptr;
+  arena_.order(found->fence);
+  cached.remove(*found);
+  --cached_;
+  ++live_;
+  found->state = RangeState::live;
+  return found;
+}
+
+Range* Heap::fit(std::size_t bytes) {
+  auto best = free_.lower_bound({bytes, 0});
+  if (best == free_.end()) return nullptr;
+  if (arena_.mode != Arena::Mode::stream) {
+    // The host would have to wait for the device: look a little further for a range that it has finished with.
+    auto candidate = best;
+    for (int looked_at = 0; looked_at < 8 && candidate != free_.end(); ++looked_at, ++candidate) {
+      if (fences_.finished(ranges_.find(candidate->second)->second.fence)) {
+        best = candidate;
+        break;
+      }
+    }
+  }
+  return cut(ranges_.find(best->second), bytes);
+}
+
+std::size_t Heap::missing(std::size_t bytes) const noexcept {
+  const auto end = const_cast<Heap*>(this)->tail();
+  const std::size_t have = end == ranges_.end() ? 0 : std::min(end->second.bytes, bytes);
+  return round_up(bytes - have, chunks_.granule());
+}
+
+std::size_t Heap::needed(std::size_t bytes) const noexcept {
+  auto* const self = const_cast<Heap*>(this);
+  std::size_t idle = 0;
+  if (const auto end = self->tail(); end != ranges_.end()) {
+    for (auto mapping = self->first_mapping(end->second.address); mapping != mappings_.end(); ++mapping) {
+      if (mapping->second.chunk.idle()) idle += mapping->second.bytes();
+    }
+  }
+  return idle + missing(bytes);
+}
+
+// The free range at the end of what is mapped, which growing makes longer.
+Heap::Ranges::iterator Heap::tail() noexcept {
+  if (segments_.empty() || ranges_.empty()) return ranges_.end();
+  const Segment& segment = segments_.back();
+  auto last = ranges_.lower_bound(segment.end);
+  if (last == ranges_.begin()) return ranges_.end();
+  --last;
+  const Range& range = last->second;
+  return range.end() == segment.end && range.segment == &segment && range.state == RangeState::free ? last
+                                                                                                     : ranges_.end();
+}
+
+Heap::Segment& Heap::segment_for(std::size_t bytes) {
+  if (segments_.empty() || segments_.back().room() < bytes) {
+    const std::size_t granule = chunks_.granule();
+    const std::size_t wanted = round_up(std::max(segment_bytes, 2 * bytes), granule);
+    try {
+      segments_.emplace_back(memory_, wanted);
+    } catch (const DriverError&) {  // a process may have little address space (ulimit -v)
+      segments_.emplace_back(memory_, round_up(bytes, granule));
+    }
+  }
+  return segments_.back();
+}
+
+Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
+  const std::size_t granule = chunks_.granule();
+  auto end = tail();
+  std::size_t needed = missing(bytes);
+  if (needed == 0) needed = granule;
+  if (end != ranges_.end() && segments_.back().room() < needed) {
+    end = ranges_.end();
+    needed = round_up(bytes, granule);
+  }
+  // What the end of the segment has already must not be taken from it.
+  std::vector<Chunk*> withheld;
+  if (end != ranges_.end() && !end->second.held) {
+    for (auto mapping = first_mapping(end->second.address); mapping != mappings_.end() && mapping->first < end->second.end();
+         ++mapping) {
+      if (mapping->second.chunk.idle()) withheld.push_back(&mapping->second.chunk);
+    }
+  }
+  for (Chunk* chunk : withheld) chunks_.withhold(*chunk);
+  std::vector<Chunk*> gathered;
+  try {
+    const std::size_t quantum =
+        std::clamp(std::bit_floor(mapped_ / 32 + 1), granule, std::max(granule, most_quantum));
+    if (segment_for(needed).room() >= round_up(needed, quantum)) {
+      gathered = chunks_.gather(round_up(needed, quantum), soft_limit);
+    }
+    if (gathered.empty()) gathered = chunks_.gather(needed, soft_limit);
+  } catch (...) {
+    for (Chunk* chunk : withheld) chunks_.put_back(*chunk);
+    throw;
+  }
+  for (Chunk* chunk : withheld) chunks_.put_back(*chunk);
+  if (gathered.empty()) return nullptr;
+
+  // Large chunks first, as they were gathered: large requests then cross few borders.
+  Segment& segment = segments_.back();
+  std::size_t done = 0;
+  try {
+    for (; done < gathered.size(); ++done) {
+      Chunk& chunk = *gathered[done];
+      chunk.mappings.reserve(chunk.mappings.size() + 1);
+      auto [mapping, inserted] = mappings_.try_emplace(segment.end, memory_, *this, &segment, chunk, segment.end);
+      chunks_.add(mapping->second);
+      ++segment.mappings;
+      segment.end += chunk.bytes();
+      mapped_ += chunk.bytes();
+      chunks_.put_back(chunk);
+      regain(mapping->second);
+      chunks_.bound_mappings(chunk);
+    }
+  } catch (...) {
+    for (; done < gathered.size(); ++done) chunks_.put_back(*gathered[done]);
+    throw;
+  }
+  end = tail();
+  if (end == ranges_.end() || end->second.bytes < bytes) {
+    throw std::logic_error("a heap that grew has no room at its end");  // cannot be
+  }
+  return cut(end, bytes);
+}
+
+// Makes a live range of the front of a free one.
+Range* Heap::cut(Ranges::iterator free, std::size_t bytes) {
+  Range& range = free->second;
+  assert(range.state == RangeState::free && range.bytes >= bytes);
+  order(range, bytes);
+  if (range.bytes > bytes) {
+    auto rest = ranges_.try_emplace(range.address + bytes, *this, range.address + bytes, range.bytes - bytes, range.segment)
+                    .first;
+    rest->second.held = range.held;
+    rest->second.fence = range.fence;
+    free_.emplace(rest->second.bytes, rest->second.address);
+  }
+  free_.erase({range.bytes, range.address});
+  range.bytes = bytes;
+  if (!range.held) hold(range);
+  range.state = RangeState::live;
+  range.fence = 0;
+  table_.add(range);
+  ++live_;
+  return &range;
+}
+
+// Waits for what may still touch the first `bytes` of a free range: on the stream, or on the host if there is none.
+void Heap::order(Range& range, std::size_t bytes) {
+  arena_.order(range.fence);
+  if (range.held) return;
+  for (auto mapping = first_mapping(range.address);
+       mapping != mappings_.end() && mapping->first < range.address + bytes; ++mapping) {
+    if (mapping->second.chunk.idle()) chunks_.order(mapping->second.chunk, arena_);
+  }
+}
+
+Heap::Mappings::iterator Heap::first_mapping(Address address) noexcept {
+  auto mapping = mappings_.upper_bound(address);
+  if (mapping == mappings_.begin()) return mappings_.end();
+  return --mapping;
+}
+
+void Heap::hold(Range& range) noexcept {
+  for (auto entry = first_mapping(range.address); entry != mappings_.end() && entry->first < range.end(); ++entry) {
+    Mapping& mapping = entry->second;
+    if (mapping.chunk.idle()) chunks_.begin_use(mapping);
+    assert(mapping.chunk.current == &mapping);
+    mapping.chunk.used += std::min(range.end(), mapping.end()) - std::max(range.address, mapping.address);
+  }
+  range.held = true;
+}
+
+void Heap::unhold(Range& range) noexcept {
+  const Fence fence = std::max(range.fence, arena_.last);
+  for (auto entry = first_mapping(range.address); entry != mappings_.end() && entry->first < range.end(); ++entry) {
+    Mapping& mapping = entry->second;
+    assert(mapping.chunk.current == &mapping);
+    mapping.chunk.used -= std::min(range.end(), mapping.end()) - std::max(range.address, mapping.address);
+    mapping.chunk.fence = std::max(mapping.chunk.fence, fence);
+    if (mapping.chunk.used == 0) chunks_.end_use(mapping, arena_.serial);
+  }
+  range.held = false;
+}
+
+void Heap::release(Range& range) noexcept {
+  assert(range.state == RangeState::live);
+  range.state = RangeState::cached;
+  range.slab = nullptr;
+  range.requested = 0;
+  bin(range.bytes).push_back(range);
+  --live_;
+  ++cached_;
+}
+
+void Heap::flush() noexcept {
+  if (cached_ == 0) return;
+  for (Cached& cached : cache_) {
+    while (Range* range = cached.front()) {
+      cached.remove(*range);
+      table_.remove(*range);
+      range->state = RangeState::free;
+      if (arena_.mode != Arena::Mode::capture) unhold(*range);
+      const auto self = ranges_.find(range->address);
+      free_.emplace(range->bytes, range->address);
+      merge(self);
+    }
+  }
+  cached_ = 0;
+}
+
+void Heap::publish() noexcept {
+  for (auto range = ranges_.begin(); range != ranges_.end(); ++range) {
+    if (range->second.state != RangeState::free || !range->second.held) continue;
+    unhold(range->second);
+    range = merge(range);
+  }
+}
+
+Heap::Ranges::iterator Heap::insert(Address address, std::size_t bytes, const void* segment, Fence fence) {
+  const auto range = ranges_.try_emplace(address, *this, address, bytes, segment).first;
+  range->second.fence = fence;
+  free_.emplace(bytes, address);
+  return range;
+}
+
+// Whether a chunk shows in both of two neighbouring ranges.
+bool Heap::aliased(const Range& left, const Range& right) noexcept {
+  const Range& one = left.bytes < right.bytes ? left : right;
+  const Range& other = left.bytes < right.bytes ? right : left;
+  for (auto entry = first_mapping(one.address); entry != mappings_.end() && entry->first < one.end(); ++entry) {
+    for (const Mapping* again : entry->second.chunk.mappings) {
+      if (&again->heap == this && again != &entry->second && again->address < other.end() && again->end() > other.address) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Joins a free range with its free neighbours.
+Heap::Ranges::iterator Heap::merge(Ranges::iterator range) noexcept {
+  const auto joins = [this](const Range& left, const Range& right) {
+    return left.state == RangeState::free && right.state == RangeState::free && left.end() == right.address &&
+           left.segment == right.segment && left.held == right.held && !aliased(left, right);
+  };
+  const auto join = [this](Ranges::iterator left, Ranges::iterator right) {
+    free_.erase({left->second.bytes, left->first});
+    free_.erase({right->second.bytes, right->first});
+    left->second.bytes += right->second.bytes;
+    left->second.fence = std::max(left->second.fence, right->second.fence);
+    free_.emplace(left->second.bytes, left->first);
+    ranges_.erase(right);
+  };
+  if (const auto next = std::next(range); next != ranges_.end() && joins(range->second, next->second)) join(range, next);
+  if (range != ranges_.begin()) {
+    const auto previous = std::prev(range);
+    if (joins(previous->second, range->second)) {
+      join(previous, range);
+      return previous;
+    }
+  }
+  return range;
+}
+
+void Heap::lose(Mapping& mapping) noexcept {
+  // All of it is free, in one range or in several that were kept apart.
+  auto found = ranges_.upper_bound(mapping.address);
+  assert(found != ranges_.begin());
+  --found;
+  while (found != ranges_.end() && found->first < mapping.end()) {
+    const auto next = std::next(found);
+    Range& range = found->second;
+    assert(range.state == RangeState::free && !range.held && range.end() > mapping.address);
+    const Address end = range.end();
+    free_.erase({range.bytes, range.address});
+    if (end > mapping.end()) (void)insert(mapping.end(), end - mapping.end(), range.segment, range.fence);
+    if (range.address < mapping.address) {
+      range.bytes = mapping.address - range.address;
+      free_.emplace(range.bytes, range.address);
+    } else {
+      ranges_.erase(found);
+    }
+    found = next;
+  }
+}
+
+void Heap::regain(Mapping& mapping) noexcept {
+  merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0));
+}
+
+bool Heap::clear() noexcept {
+  for (auto entry = mappings_.begin(); entry != mappings_.end();) {
+    Mapping& mapping = (entry++)->second;
+    try {
+      if (mapping.chunk.current == &mapping || !fences_.finished(std::max(mapping.fence, mapping.chunk.fence))) return false;
+    } catch (const DriverError&) {
+      return false;
+    }
+    drop(mapping);
+  }
+  return true;
+}
+
+void Heap::drop(Mapping& mapping) noexcept {
+  assert(mapping.chunk.current != &mapping);
+  if (mapping.chunk.idle()) lose(mapping);
+  auto* const segment = static_cast<Segment*>(mapping.segment);
+  const auto self = mappings_.find(mapping.address);
+  if (mapping.end() == segment->end) {  // the address space can be used again
+    segment->end = segment->reservation.address();
+    if (self != mappings_.begin() && std::prev(self)->second.segment == segment) {
+      segment->end = std::prev(self)->second.end();
+    }
+  }
+  mapped_ -= mapping.bytes();
+  chunks_.remove(mapping);
+  mappings_.erase(self);
+  if (--segment->mappings == 0) {
+    const auto entry = std::find_if(segments_.begin(), segments_.end(), [&](const Segment& each) { return &each == segment; });
+    segments_.erase(entry);
+  }
+}
+
+void Heap::check_invariants() const {
+  const auto require = [](bool holds, const char* invariant) {
+    if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
+  };
+  std::size_t live = 0;
+  std::size_t cached = 0;
+  std::size_t free = 0;
+  std::size_t covered = 0;
+  const Range* previous = nullptr;
+  for (const auto& [address, range] : ranges_) {
+    require(range.address == address && range.bytes != 0 && range.bytes % step_ == 0 && address % step_ == 0,
+            "ranges have sizes and addresses of whole steps");
+    require(previous == nullptr || previous->end() <= address, "ranges do not overlap");
+    previous = &range;
+    covered += range.bytes;
+    if (range.state == RangeState::live) ++live;
+    if (range.state == RangeState::cached) ++cached;
+    if (range.state == RangeState::free) {
+      ++free;
+      require(free_.contains({range.bytes, address}), "every free range is found by its size");
+    } else {
+      require(range.held, "a range in use holds its chunks");
+    }
+  }
+  require(live == live_ && cached == cached_ && free == free_.size(), "ranges are counted by state");
+
+  std::size_t visible = 0;
+  std::size_t mapped = 0;
+  auto range = ranges_.begin();
+  for (const auto& [address, mapping] : mappings_) {
+    require(mapping.address == address && &mapping.heap == this, "a mapping knows its place");
+    mapped += mapping.bytes();
+    const Chunk& chunk = mapping.chunk;
+    require(std::count(chunk.mappings.begin(), chunk.mappings.end(), &mapping) == 1, "a chunk knows its mappings");
+    while (range != ranges_.end() && range->second.end() <= address) ++range;
+    std::size_t held = 0;
+    std::size_t seen = 0;
+    for (auto over = range; over != ranges_.end() && over->first < mapping.end(); ++over) {
+      const std::size_t bytes =
+          std::min(over->second.end(), mapping.end()) - std::max(over->second.address, mapping.address);
+      seen += bytes;
+      if (over->second.held) held += bytes;
+    }
+    for (const Mapping* again : chunk.mappings) {
+      require(again == &mapping || &again->heap != this || range == ranges_.end() || again->address >= range->second.end() ||
+                  again->end() <= range->second.address || range->second.address > address,
+              "no range shows a chunk twice");
+    }
+    const bool lost = !chunk.idle() && chunk.current != &mapping;
+    require(seen == (lost ? 0 : mapping.bytes()), "ranges cover exactly what is mapped and not lost");
+    require(held == (chunk.current == &mapping ? chunk.used : 0), "a chunk counts the bytes that are held in it");
+    visible += seen;
+  }
+  require(visible == covered, "every byte of a range is mapped exactly once");
+  require(mapped == mapped_, "mapped bytes are counted");
+}
+
+}  // namespace glake
