@@ -46,6 +46,11 @@ namespace glake {
   F(mem_set_access, "cuMemSetAccess", CUresult (*)(CUdeviceptr, std::size_t, const CUmemAccessDesc*, std::size_t)) \
   F(mem_export, "cuMemExportToShareableHandle",                                                                    \
     CUresult (*)(void*, CUmemGenericAllocationHandle, CUmemAllocationHandleType, unsigned long long))              \
+  F(mem_alloc, "cuMemAlloc_v2", CUresult (*)(CUdeviceptr*, std::size_t))                                           \
+  F(mem_free, "cuMemFree_v2", CUresult (*)(CUdeviceptr))                                                           \
+  F(mem_host_alloc, "cuMemHostAlloc", CUresult (*)(void**, std::size_t, unsigned))                                 \
+  F(mem_host_free, "cuMemFreeHost", CUresult (*)(void*))                                                           \
+  F(launch_host_func, "cuLaunchHostFunc", CUresult (*)(CUstream, CUhostFn, void*))                                 \
   F(memset_async, "cuMemsetD8Async", CUresult (*)(CUdeviceptr, unsigned char, std::size_t, CUstream))              \
   F(memcpy_dtoh_async, "cuMemcpyDtoHAsync_v2", CUresult (*)(void*, CUdeviceptr, std::size_t, CUstream))            \
   F(stream_create, "cuStreamCreate", CUresult (*)(CUstream*, unsigned))                                            \

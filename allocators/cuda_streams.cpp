@@ -1,5 +1,8 @@
 #include "cuda_streams.hpp"
 
+#include <chrono>
+#include <thread>
+
 #include "virtual_memory.hpp"
 
 namespace glake {
@@ -43,16 +46,29 @@ std::optional<StreamState> CudaStreams::state(StreamHandle stream) noexcept {
   CUresult result = driver.stream_capture_info(to_stream(stream), &status, &capture, nullptr, nullptr, nullptr);
   const bool implicit = result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
   if (result != CUDA_SUCCESS && !implicit) return std::nullopt;
+  const auto is_ours = [&] {
+    CUcontext context = nullptr;
+    return is_default(stream) ||
+           (driver.stream_get_ctx(to_stream(stream), &context) == CUDA_SUCCESS && context == context_->handle());
+  };
   try {
     if (implicit) return StreamState{id_in_capture(implicit_capture, 0), implicit_capture};
-    if (status != CU_STREAM_CAPTURE_STATUS_NONE) return StreamState{id_in_capture(capture, stream), capture};
-  } catch (...) {  // out of memory for the map's node
+    if (status != CU_STREAM_CAPTURE_STATUS_NONE) {
+      if (!is_ours()) return std::nullopt;
+      return StreamState{id_in_capture(capture, stream), capture};
+    }
+    unsigned long long id = 0;
+    if (driver.stream_get_id(to_stream(stream), &id) != CUDA_SUCCESS) return std::nullopt;
+    ++id;  // never 0
+    if (!ours_.contains(id)) {
+      if (!is_ours()) return std::nullopt;
+      if (constexpr std::size_t most = 4096; ours_.size() >= most) ours_.clear();
+      ours_.insert(id);
+    }
+    return StreamState{id, 0};
+  } catch (...) {  // out of memory for a table's node
     return std::nullopt;
   }
-  unsigned long long id = 0;
-  result = driver.stream_get_id(to_stream(stream), &id);
-  if (result != CUDA_SUCCESS) return std::nullopt;
-  return StreamState{id + 1, 0};  // never 0
 }
 
 std::uint64_t CudaStreams::id_in_capture(std::uint64_t capture, StreamHandle stream) {
@@ -146,15 +162,60 @@ void CudaStreams::watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<b
   }
 }
 
+void CudaStreams::wait_by_freeing() {
+  const CudaDriver& driver = context_->driver;
+  CUdeviceptr memory = 0;
+  if (const CUresult result = driver.mem_alloc(&memory, 1); result == CUDA_SUCCESS) {
+    return context_->check(driver.mem_free(memory), "waiting for the device (cuMemFree)");
+  } else if (result != CUDA_ERROR_OUT_OF_MEMORY) {
+    context_->check(result, "waiting for the device (cuMemAlloc)");
+  }
+  void* pinned = nullptr;  // slower, and needs nothing of the device
+  context_->check(driver.mem_host_alloc(&pinned, 1, 0), "waiting for the device (cuMemHostAlloc)");
+  context_->check(driver.mem_host_free(pinned), "waiting for the device (cuMemFreeHost)");
+}
+
+bool CudaStreams::freeing_waits() {
+  if (freeing_waits_) return *freeing_waits_;
+  const CudaDriver& driver = context_->driver;
+  CUstream stream = nullptr;
+  context_->check(driver.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  std::atomic<bool> done = false;
+  const auto work = [](void* flag) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    static_cast<std::atomic<bool>*>(flag)->store(true);
+  };
+  bool waited = false;
+  CUresult result = driver.launch_host_func(stream, work, &done);
+  if (result == CUDA_SUCCESS) {
+    CUdeviceptr memory = 0;
+    const CUresult freed = driver.mem_alloc(&memory, 1) == CUDA_SUCCESS ? driver.mem_free(memory) : CUDA_SUCCESS;
+    waited = freed == CUDA_SUCCESS && memory != 0 && done.load();
+    if (memory == 0) {  // the device is full
+      void* pinned = nullptr;
+      waited = driver.mem_host_alloc(&pinned, 1, 0) == CUDA_SUCCESS && !done.load() &&
+               driver.mem_host_free(pinned) == CUDA_SUCCESS && done.load();
+    }
+    result = driver.stream_synchronize(stream);  // `done` must not go before
+  }
+  context_->report(driver.stream_destroy(stream), "destroying a stream (cuStreamDestroy)", 0);
+  context_->check(result, "looking how to wait for the device (cuLaunchHostFunc)");
+  freeing_waits_ = waited;
+  return waited;
+}
+
 bool CudaStreams::synchronize_all() {
   const CudaDriver& driver = context_->driver;
   const CurrentContext current(*context_);
-  // Seen without harm: captures on blocking streams. (See the header on the others.)
+  const RelaxedCapture relaxed(driver);
+  if (freeing_waits()) {
+    wait_by_freeing();
+    return true;
+  }
+  // Seen without harm: captures on blocking streams. Others end here with an error.
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   if (driver.stream_is_capturing(nullptr, &status) == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return false;
-  const CUresult result = driver.ctx_synchronize();
-  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return false;
-  context_->check(result, "waiting for the device (cuCtxSynchronize)");
+  context_->check(driver.ctx_synchronize(), "waiting for the device (cuCtxSynchronize)");
   return true;
 }
 

@@ -9,13 +9,16 @@
 //   that is made up here for that stream in that capture: memory that is used by a graph is not in the order of the
 //   stream's other work anyway.
 // - cuCtxRecordEvent() and cuCtxSynchronize() end every capture in the context with an error, and nothing tells whether
-//   there is one. The pool's captures are known here, as state() sees them; captures by code that never asked the pool
-//   for memory are not.
+//   there is one. So record_all() is for callers that know of none. synchronize_all() waits another way: freeing memory
+//   of cuMemAlloc() waits for all work of the device and spares captures. The driver's documentation says no more than
+//   that it may wait; therefore the first call looks whether it does, and where it does not, cuCtxSynchronize() is
+//   used.
 #pragma once
 
 #include <map>
 #include <memory>
 #include <optional>
+#include <unordered_set>
 #include <utility>
 
 #include "cuda_driver.hpp"
@@ -50,6 +53,12 @@ class CudaStreams final : public StreamOrder {
 
   std::shared_ptr<const CudaContext> context_;
   ProcessMark process_;
+  // Frees what it has allocated, which waits for the device (see above).
+  void wait_by_freeing();
+  [[nodiscard]] bool freeing_waits();
+
+  std::optional<bool> freeing_waits_;                                         // once that was looked at
+  std::unordered_set<std::uint64_t> ours_;                                    // ids of streams of this context
   std::map<std::pair<std::uint64_t, StreamHandle>, std::uint64_t> captured_;  // (capture, stream) -> id
   std::uint64_t made_ids_ = 0;
 };

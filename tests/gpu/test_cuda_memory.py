@@ -329,6 +329,7 @@ def test_no_call_breaks_a_capture(gpu, memory, mapped, streams, mode, other_thre
             streams.finished(other)
             streams.synchronize(other)
             streams.destroy_event(other)
+            assert streams.synchronize_all()
             assert memory.free_bytes > 0
             with pytest.raises(DriverError, match="OUT_OF_MEMORY"):
                 memory.create(1 << 40)
@@ -350,6 +351,64 @@ def test_no_call_breaks_a_capture(gpu, memory, mapped, streams, mode, other_thre
     assert not errors, errors
     assert streams.state(int(capturing)) == (identity, 0)
     streams.destroy_event(event)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_waiting_for_everything_spares_captures(gpu, streams, blocking):
+    capturing, busy = gpu.stream(blocking), gpu.stream()
+    gpu.begin(capturing)
+    gpu.spin(busy, 150)
+    start = time.perf_counter()
+    assert streams.synchronize_all()
+    assert 0.1 < time.perf_counter() - start < 1
+    graph = gpu.end(capturing)
+    assert graph is not None, "the capture was broken"
+    call(driver.cuGraphDestroy, graph)
+
+
+def test_waiting_for_everything_needs_no_memory_of_the_device(gpu, memory, streams):
+    handles = []
+    for size in (GiB, 64 * MiB, 2 * MiB):
+        while True:
+            try:
+                handles.append((memory.create(size), size))
+            except DriverError:
+                break
+    busy = gpu.stream()
+    try:
+        gpu.spin(busy, 150)
+        start = time.perf_counter()
+        assert streams.synchronize_all()
+        assert time.perf_counter() - start > 0.1
+    finally:
+        for handle, size in handles:
+            memory.destroy(handle, size)
+
+
+def test_a_capture_on_a_blocking_stream_takes_the_legacy_stream(gpu, streams):
+    capturing = gpu.stream(blocking=True)
+    gpu.begin(capturing)
+    _, capture = streams.state(0)
+    assert capture == 2**64 - 1
+    with pytest.raises(DriverError, match="IMPLICIT"):
+        streams.watch_graph(0)
+    assert streams.state(int(capturing))[1] not in (0, capture)
+    assert gpu.end(capturing) is not None
+    assert streams.state(0)[1] == 0
+
+
+def test_streams_of_another_context_are_not_ours(gpu, streams):
+    other = call(driver.cuCtxCreate, driver.CUctxCreateParams(), 0, gpu.device)
+    stream = gpu.stream()
+    call(driver.cuCtxPopCurrent)
+    try:
+        assert streams.state(int(stream)) is None
+        event = streams.create_event()
+        with pytest.raises(DriverError, match="cuEventRecord"):
+            streams.record(event, int(stream))
+        streams.destroy_event(event)
+    finally:
+        call(driver.cuCtxDestroy, other)
 
 
 def wait_until(condition, seconds=5):
