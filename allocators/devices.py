@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import DeviceNotFoundError
+from .errors import DeviceNotFoundError, DriverError
 
-__all__ = ["cpu_memory", "parse_device"]
+__all__ = ["cpu_memory", "device_memory", "parse_device"]
 
 
 def parse_device(device: str) -> str:
-    """Return the canonical name of a device that a pool can be made on.
+    """Return the canonical name of a device that a pool can be made on: "cpu" or "cuda:N".
 
-    Raises `DeviceNotFoundError`.
+    "cuda" is "cuda:0". N counts as CUDA does, among the devices that `CUDA_VISIBLE_DEVICES` leaves. A name of a
+    CUDA device starts the CUDA driver in this process; nothing does so before.
+
+    Raises `DeviceNotFoundError`, which says why: no such name, no driver, a driver that is too old, or no
+    such device. Any thread may call this; in a child of fork() whose parent used CUDA, no CUDA device is found.
     """
     if device == "cpu":
         return device
-    if isinstance(device, str) and re.fullmatch(r"cuda(:\d+)?", device):
+    match = re.fullmatch(r"cuda(?::([0-9]{1,9}))?", device) if isinstance(device, str) else None
+    if match is None:
         raise DeviceNotFoundError(
-            f"device {device!r} cannot have a pool: pools on CUDA devices arrive with a later version of "
-            "glake-infer. Use device='cpu'."
+            f"there is no device {device!r}. Valid names: 'cpu', 'cuda' (the first CUDA device) and 'cuda:N'."
         )
-    raise DeviceNotFoundError(
-        f"there is no device {device!r}. Valid names: 'cpu' (and, in a later version, 'cuda:N')."
+    index = int(match[1] or 0)
+    _check_cuda(device, index)
+    return f"cuda:{index}"
+
+
+def device_memory(device: str) -> int:
+    """Return the bytes of memory that a pool on a device can have at most.
+
+    For "cpu" this is `cpu_memory()`; for "cuda:N" all of that device's memory, used by others or not.
+
+    Raises `DeviceNotFoundError`, as `parse_device` does, and `DriverError`.
+    """
+    name = parse_device(device)
+    if name == "cpu":
+        return cpu_memory()
+    from . import _native
+
+    return _native.cuda_device_memory(int(name.removeprefix("cuda:")))
+
+
+def _check_cuda(device: str, index: int) -> None:
+    from . import _native
+
+    try:
+        count = _native.cuda_device_count()
+    except DriverError as error:
+        message = f"device {device!r} cannot be used: {error} Without a GPU, use device='cpu'."
+        raise DeviceNotFoundError(message) from error
+    if index < count:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = (
+        ""
+        if visible is None
+        else f" CUDA_VISIBLE_DEVICES is set to {visible!r}, which hides all others and counts anew."
     )
+    if count == 0:
+        raise DeviceNotFoundError(
+            f"device {device!r} cannot be used: the CUDA driver is here and shows no device "
+            f"(`nvidia-smi -L` lists the GPUs of the machine).{hidden} Without a GPU, use device='cpu'."
+        )
+    names = ", ".join(f"'cuda:{i}' ({_native.cuda_device_name(i)})" for i in range(count))
+    raise DeviceNotFoundError(f"there is no device {device!r}. CUDA shows {names}.{hidden}")
 
 
 def cpu_memory() -> int:

@@ -208,8 +208,7 @@ class TestClose:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cuda", "a later version of glake-infer. Use device='cpu'"),
-        ("cuda:0", "a later version of glake-infer. Use device='cpu'"),
+        ("cuda:999999999", "cuda:999999999"),
         ("banana", "Valid names: 'cpu'"),
         ("CPU", "Valid names: 'cpu'"),
         ("cuda:x", "Valid names: 'cpu'"),
