@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conformance import MiB
 from memory import file_of_bytes, smaps
+from ort_c_api import Struct
 from tiny import HIDDEN, rows, two_layers, weights
 
 from glake_infer.allocators import (
@@ -185,8 +186,6 @@ class TestSession:
         assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
 
     def test_the_allocator_is_registered_once_per_process(self, pool):
-        from test_ort_allocator import Struct
-
         pool.attach(ort.SessionOptions())
         address = _native.ort_allocator()
         info = Struct.from_address(address).Info(address)
