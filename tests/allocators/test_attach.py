@@ -176,8 +176,25 @@ class TestSession:
         del session, options
         gc.collect()
         pool.trim()
+        assert pool.stats().active >= ROWS.nbytes
         np.testing.assert_array_equal(output.numpy(), plain(model, ROWS))
         del output
+        assert pool.stats().active == 0  # freed through the same allocator, without its session
+
+    def test_an_output_outlives_its_session_and_the_handle(self):
+        model = two_layers(WEIGHTS)
+        pool = Pool(limit="1GiB")
+        options = ort.SessionOptions()
+        pool.attach(options)
+        session = ort.InferenceSession(model, options, providers=pool.providers)
+        output = session.run_with_ort_values(["y"], {"x": ort.OrtValue.ortvalue_from_numpy(ROWS)})[0]
+        del session, options, pool
+        gc.collect()
+        np.testing.assert_array_equal(output.numpy(), plain(model, ROWS))
+        with Pool(limit="1GiB") as pool:
+            assert pool.stats().active >= ROWS.nbytes
+            del output
+            assert pool.stats().active == 0
 
     def test_the_options_say_what_was_set(self, pool):
         options = ort.SessionOptions()
