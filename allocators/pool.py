@@ -125,7 +125,7 @@ class Pool:
         wipe: bool = False,
     ) -> None:
         self._device = parse_device(device)
-        size = _parse_limit(limit, self._device)
+        asked = _parse_limit(limit)
         from . import _native
 
         with _lock:
@@ -134,8 +134,8 @@ class Pool:
             pool = _native.device_pool(self._device)
             if debug or wipe:  # LEAD: replace these two lines by what hands the options to the native pool
                 raise InputError("debug and wipe are not available in this build")
-            pool.set_limit(size)
-            pool.reset_peaks()
+            pool.reset_peaks()  # in a child of fork() this raises, before CUDA is asked for anything
+            pool.set_limit(_limit_on(self._device, asked))
             self._pool: _native.Pool | None = pool
             self._finalizer = weakref.finalize(self, _give_back, pool)
             self._finalizer.atexit = False  # at exit memory is leaked, not pulled from under live sessions
@@ -230,7 +230,7 @@ class Pool:
 
     @limit.setter
     def limit(self, limit: int | str | None) -> None:
-        self._open().set_limit(_parse_limit(limit, self._device))
+        self._open().set_limit(_limit_on(self._device, _parse_limit(limit)))
 
     def allocate(self, bytes: int | str, tag: str = "activations", stream: object = None) -> int:  # noqa: A002
         """Return the address of memory for `bytes` bytes, aligned to 256 (64 below 256 bytes); 0 for 0 bytes.
@@ -401,12 +401,17 @@ class Pool:
         return self._pool
 
 
-def _parse_limit(limit: int | str | None, device: str) -> int:
+def _parse_limit(limit: int | str | None) -> int | None:
     size = None if limit is None else parse_bytes(limit)
     if size == 0:
         raise InputError(
             "a pool's limit must be more than 0 bytes; None means all memory of the machine or the device"
         )
+    return size
+
+
+def _limit_on(device: str, size: int | None) -> int:
+    """Return the limit for a device; None stands for all its memory."""
     if device == "cpu":
         return cpu_memory() if size is None else min(size, 2**63)  # addresses end long before
     from . import _native
