@@ -73,7 +73,7 @@ const OrtMemoryInfo* OrtDeviceAllocator::get_info(const OrtAllocator* self) noex
   return reinterpret_cast<const Face*>(self)->owner->info_;
 }
 
-void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag) {
+void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, [[maybe_unused]] StreamHandle stream) {
   FailedAllocation failure;
   failure.requested = bytes;
   failure.thread = gettid();

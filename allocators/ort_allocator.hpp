@@ -64,6 +64,9 @@ class OrtDeviceAllocator {
   [[nodiscard]] std::vector<FailedAllocation> failures(std::uint64_t since) const;
   [[nodiscard]] std::uint64_t failure_count() const;
 
+  // What every C function that allocates does. Null for 0 bytes. Throws AllocationFailed, which is recorded.
+  [[nodiscard]] void* allocate(std::size_t bytes, Tag tag, StreamHandle stream = no_stream);
+
   [[nodiscard]] OrtAllocator* c_struct() noexcept { return &face_.base; }
   [[nodiscard]] Pool& pool() noexcept { return pool_; }
 
@@ -79,7 +82,6 @@ class OrtDeviceAllocator {
   static void free(OrtAllocator* self, void* address) noexcept;
   static const OrtMemoryInfo* get_info(const OrtAllocator* self) noexcept;
 
-  [[nodiscard]] void* allocate(std::size_t bytes, Tag tag);
   void record(FailedAllocation& failure) noexcept;
 
   Face face_;
