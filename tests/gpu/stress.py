@@ -355,7 +355,7 @@ def main():
                 arguments.threads,
                 arguments.sessions,
                 index,
-                with_torch=find_spec("torch") is not None,
+                with_torch=with_torch,
             )
         stats = pool.stats()
         result.update(active=stats.active, reserved=stats.reserved, peak_reserved=stats.peak_reserved)

@@ -1,0 +1,145 @@
+"""Every allocator and face of the host passes the one suite (conformance.py); test_conformance.py in tests/gpu: CUDA's."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+
+import pytest
+from conformance import LIMIT, Allocator, AllocatorConformance
+from test_ort_allocator import OrtFace
+
+from glake_infer.allocators import InvalidPointerError, OutOfMemoryError, Pool, _native
+from glake_infer.allocators import pool as pool_module
+
+
+class PythonPool(Allocator):
+    """glake_infer.Pool."""
+
+    out_of_memory = OutOfMemoryError
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.allocate = pool.allocate
+        self.deallocate = pool.deallocate
+        self.trim = pool.trim
+        self.check_invariants = pool.check_invariants
+
+    def allocate(self, size): ...
+    def deallocate(self, address): ...
+    def trim(self): ...
+    def check_invariants(self): ...
+
+    def stats(self):
+        return self.pool._open().stats()
+
+    def set_limit(self, limit):
+        self.pool.limit = limit
+
+    def refuses(self, address):
+        try:
+            self.pool.deallocate(address)
+        except InvalidPointerError:
+            return True
+        return False
+
+
+class OrtReserveFace(OrtFace):
+    """ONNX Runtime's way to weights."""
+
+    def allocate(self, size):
+        return _native.ort_allocate(size, reserve=True)
+
+
+class TorchFace(Allocator):
+    """The C functions that PyTorch calls (torch_face.hpp); null is how the one for a MemPool refuses."""
+
+    def __init__(
+        self, pool: Pool, capture: pytest.CaptureFixture[str], device: int = -1, stream: int = 0
+    ) -> None:
+        library = ctypes.CDLL(_native.__file__)
+        self._allocate, self._free = library.glake_torch_try_allocate, library.glake_torch_free
+        self._allocate.restype, self._free.restype = ctypes.c_void_p, None
+        self._allocate.argtypes = (ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+        self._free.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
+        self.pool, self._capture, self._device, self._stream = pool, capture, device, stream
+
+    def allocate(self, size):
+        return self.allocate_on(size, self._stream)
+
+    def allocate_on(self, size, stream):
+        # PyTorch's sizes are signed, like ssize_t
+        address = self._allocate(ctypes.c_ssize_t(size).value, self._device, stream)
+        if address is None and size:
+            raise MemoryError
+        return address or 0
+
+    def deallocate(self, address):
+        self._free(address, 0, self._device, self._stream)
+
+    def refuses(self, address):
+        self._capture.readouterr()
+        self.deallocate(address)
+        return "PyTorch freed memory that the pool did not take back" in self._capture.readouterr().err
+
+    def stats(self):
+        return self.pool._open().stats()
+
+    def set_limit(self, limit):
+        self.pool.limit = limit
+
+    def trim(self):
+        return self.pool.trim()
+
+    def check_invariants(self):
+        self.pool.check_invariants()
+
+
+class TestPythonPool(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool):
+        pool.limit = LIMIT
+        return PythonPool(pool)
+
+
+class TestOrtReserve(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool, capfd):
+        pool.limit = LIMIT
+        return OrtReserveFace(capfd)
+
+
+class TestTorch(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool, capfd):
+        pool.limit = LIMIT
+        return TorchFace(pool, capfd)
+
+
+@pytest.mark.skipif("debug" not in inspect.signature(Pool).parameters, reason="this build has no debug pools")
+class TestDebugPool(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self):
+        pool_module._handles.clear()
+        with Pool(limit=LIMIT, debug=True) as pool:
+            yield PythonPool(pool)
+
+
+class TestTorchFace:
+    @pytest.fixture
+    def face(self, pool, capfd):
+        pool.limit = LIMIT
+        return TorchFace(pool, capfd)
+
+    def test_a_failure_is_recorded(self, face, pool):
+        before = pool.failure_count
+        with pytest.raises(MemoryError):
+            face.allocate(LIMIT + 1)
+        (failure,) = pool.failures(before)
+        assert isinstance(failure, OutOfMemoryError)
+        assert failure.requested == LIMIT + 1
+
+    def test_a_pool_of_the_host_is_none_for_pytorch(self, pool):
+        for call in (pool.torch_allocator, pool.torch_mem_pool, pool.use_in_torch):
+            with pytest.raises(ValueError, match="'cpu'"):
+                call()
