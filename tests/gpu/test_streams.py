@@ -137,7 +137,7 @@ def test_small_objects_are_ordered_too(pool):
 
 
 def test_a_stream_that_was_destroyed_before_the_free(pool, two):
-    first, second = two
+    _, second = two
     order = Order()
     doomed = kernels.new_stream()
     address = pool.allocate(SIZE, stream=doomed.ptr)
