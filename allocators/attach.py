@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import re
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +20,10 @@ if TYPE_CHECKING:
 
     from . import _native
 
-__all__ = ["Initializer", "Initializers", "attach", "import_onnxruntime"]
+__all__ = ["Initializer", "Initializers", "attach", "import_onnxruntime", "require_cuda_provider"]
 
 OLDEST_ONNXRUNTIME = (1, 24)
+OLDEST_ONNXRUNTIME_CUDA = (1, 27)
 
 
 class Initializer(NamedTuple):
@@ -74,8 +78,7 @@ def import_onnxruntime() -> ModuleType:
             f"Install it with: pip install 'glake-infer[{extra}]'"
         ) from error
     version = getattr(onnxruntime, "__version__", "")
-    match = re.match(r"(\d+)\.(\d+)", version)
-    if not match or (int(match[1]), int(match[2])) < OLDEST_ONNXRUNTIME:
+    if _numbers(version) < OLDEST_ONNXRUNTIME:
         needed = ".".join(map(str, OLDEST_ONNXRUNTIME))
         raise MissingDependencyError(
             f"ONNX Runtime {version or 'of an unknown version'} is installed, and {needed} or newer is "
@@ -84,11 +87,58 @@ def import_onnxruntime() -> ModuleType:
     return onnxruntime
 
 
-def attach(
-    options: onnxruntime.SessionOptions, initializers: Iterable[Initializer | InitializerTuple]
-) -> Initializers:
-    """Make the sessions of these options allocate from the host pool, and use these weights."""
+def _numbers(version: str) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+_preloaded = False
+
+
+def require_cuda_provider() -> ModuleType:
+    """Return the module `onnxruntime`, with its CUDA provider ready to be loaded.
+
+    The CUDA libraries that pip installed beside ONNX Runtime are loaded at the first call, with its own
+    `preload_dlls`: without them, or libraries of the system, ONNX Runtime goes on with the CPU alone.
+
+    Raises `MissingDependencyError`, with the commands to run, if ONNX Runtime is not installed, is too old for
+    pools on CUDA, or was built without CUDA.
+    """
+    global _preloaded
     runtime = import_onnxruntime()
+    version = runtime.__version__
+    if _numbers(version) < OLDEST_ONNXRUNTIME_CUDA:
+        needed = ".".join(map(str, OLDEST_ONNXRUNTIME_CUDA))
+        raise MissingDependencyError(
+            f"ONNX Runtime {version} is installed, and a pool on a CUDA device needs {needed} or newer: "
+            "the packages of older versions are built for CUDA 12, and ours for CUDA 13. Install it with: "
+            "pip install -U 'glake-infer[cuda]'"
+        )
+    available = runtime.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise MissingDependencyError(
+            f"the installed ONNX Runtime {version} has no CUDA provider (it has {', '.join(available)}), and a "
+            "pool on a CUDA device needs it. The packages onnxruntime and onnxruntime-gpu overwrite each other: "
+            "uninstall both, then install the one for CUDA: pip uninstall -y onnxruntime onnxruntime-gpu && "
+            "pip install 'glake-infer[cuda]'"
+        )
+    if not _preloaded and "torch" not in sys.modules:  # torch brought the libraries already
+        with contextlib.redirect_stdout(io.StringIO()):  # what it does not find may be the system's
+            runtime.preload_dlls()
+        _preloaded = True
+    return runtime
+
+
+def attach(
+    options: onnxruntime.SessionOptions,
+    initializers: Iterable[Initializer | InitializerTuple],
+    device: str = "cpu",
+) -> Initializers:
+    """Make the sessions of these options allocate from the device's pool, and use these weights.
+
+    `device` is a canonical name ("cpu", "cuda:0"), and the weights lie in its memory. See `Pool.attach`.
+    """
+    runtime = import_onnxruntime() if device == "cpu" else require_cuda_provider()
     if not isinstance(options, runtime.SessionOptions):
         raise InputError(
             f"attach() takes an onnxruntime.SessionOptions, and received {type(options).__name__}. "
@@ -98,11 +148,12 @@ def attach(
 
     # The environment's allocator takes the arena's place whatever enable_cpu_mem_arena says. The second
     # entry makes sessions ask for initializers through Reserve. On the CPU that depends on the version:
-    # 1.24 asks for all of them, 1.32 only for prepacked copies.
+    # 1.24 asks for all of them, 1.32 only for prepacked copies. On CUDA all come through Reserve.
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     _native.begin_attach(
-        [(name, address, size, kind, list(shape)) for name, address, size, kind, shape in initializers]
+        [(name, address, size, kind, list(shape)) for name, address, size, kind, shape in initializers],
+        device,
     )
     try:
         options.register_custom_ops_library(_native.__file__)

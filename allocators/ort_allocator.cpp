@@ -2,15 +2,21 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdio>
 #include <exception>
 #include <limits>
 
+#include "device_pool.hpp"
+
 namespace glake {
 namespace {
 
 constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+
+// Numbers the failures of all devices.
+std::atomic<std::uint64_t> failure_number = 0;
 
 // On Arm, ONNX Runtime's quantized kernels read up to 30 bytes past the end of a buffer, and its own
 // allocator adds as much (MLAS_SYMM_QGEMM_BUF_OVERRUN).
@@ -20,18 +26,27 @@ constexpr std::size_t read_ahead = 30;
 constexpr std::size_t read_ahead = 0;
 #endif
 
+// As ONNX Runtime reads it back: a signed number of 64 bits.
+std::string decimal(std::uint64_t value) {
+  return std::to_string(std::min<std::uint64_t>(value, std::numeric_limits<std::int64_t>::max()));
+}
+
 }  // namespace
 
-OrtDeviceAllocator::OrtDeviceAllocator(Pool& pool)
-    : face_{{ort::allocator_version, alloc, free, get_info, reserve, {}}, this}, pool_(pool) {
+OrtDeviceAllocator::OrtDeviceAllocator(Pool& pool, const Device& device)
+    : face_{{ort::newest_allocator, alloc, free, get_info, reserve, get_stats, alloc_on_stream, shrink}, this},
+      pool_(pool),
+      on_cuda_(device.kind == Device::cuda),
+      device_index_(device.index) {
   static_assert(offsetof(Face, base) == 0, "ONNX Runtime's pointer is cast back to a Face");
 }
 
-OrtStatus* OrtDeviceAllocator::register_with(const ort::Api& api) {
+OrtStatus* OrtDeviceAllocator::register_with(const ort::Api& api, std::uint32_t api_version) {
   const std::scoped_lock lock(registration_);
   if (env_ != nullptr) return nullptr;
   OrtMemoryInfo* info = nullptr;
-  if (OrtStatus* error = api.create_memory_info("Cpu", ort::device_allocator, 0, ort::default_memory, &info)) {
+  if (OrtStatus* error = api.create_memory_info(on_cuda_ ? "Cuda" : "Cpu", ort::device_allocator, device_index_,
+                                                ort::default_memory, &info)) {
     return error;
   }
   OrtEnv* env = nullptr;
@@ -40,9 +55,13 @@ OrtStatus* OrtDeviceAllocator::register_with(const ort::Api& api) {
     api.release_memory_info(info);
     return error;
   }
-  info_ = info;  // RegisterAllocator asks for it
+  // RegisterAllocator asks for these.
+  info_ = info;
+  api_.emplace(api);
+  face_.base.version = std::min(ort::newest_allocator, api_version);
   if (OrtStatus* error = api.register_allocator(env, c_struct())) {
     info_ = nullptr;
+    api_.reset();
     api.release_env(env);
     api.release_memory_info(info);
     return error;
@@ -52,11 +71,23 @@ OrtStatus* OrtDeviceAllocator::register_with(const ort::Api& api) {
 }
 
 void* OrtDeviceAllocator::alloc(OrtAllocator* self, std::size_t bytes) {
-  return reinterpret_cast<Face*>(self)->owner->allocate(bytes, Tag::activations);
+  return reinterpret_cast<Face*>(self)->owner->allocate(bytes, Tag::activations, no_stream);
+}
+
+void* OrtDeviceAllocator::alloc_on_stream(OrtAllocator* self, std::size_t bytes, OrtSyncStream* stream) {
+  OrtDeviceAllocator& owner = *reinterpret_cast<Face*>(self)->owner;
+  StreamHandle handle = no_stream;
+  if (stream != nullptr && owner.api_) {
+    if (void* native = owner.api_->stream_handle(stream)) handle = reinterpret_cast<StreamHandle>(native);
+  }
+  return owner.allocate(bytes, Tag::activations, handle);
 }
 
 void* OrtDeviceAllocator::reserve(OrtAllocator* self, std::size_t bytes) {
-  return reinterpret_cast<Face*>(self)->owner->allocate(bytes, Tag::weights);
+  OrtDeviceAllocator& owner = *reinterpret_cast<Face*>(self)->owner;
+  void* const address = owner.allocate(bytes, Tag::weights, no_stream);
+  owner.reserves_.fetch_add(1, std::memory_order_relaxed);
+  return address;
 }
 
 void OrtDeviceAllocator::free(OrtAllocator* self, void* address) noexcept {
@@ -73,13 +104,60 @@ const OrtMemoryInfo* OrtDeviceAllocator::get_info(const OrtAllocator* self) noex
   return reinterpret_cast<const Face*>(self)->owner->info_;
 }
 
-void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, [[maybe_unused]] StreamHandle stream) {
+OrtStatus* OrtDeviceAllocator::get_stats(const OrtAllocator* self, OrtKeyValuePairs** stats) noexcept {
+  OrtDeviceAllocator& owner = *reinterpret_cast<const Face*>(self)->owner;
+  *stats = nullptr;
+  if (!owner.api_) return nullptr;  // nobody can ask before register_with() but a test
+  const ort::Api& api = *owner.api_;
+  OrtKeyValuePairs* pairs = nullptr;
+  try {
+    const PoolStats now = owner.pool_.stats();
+    api.create_key_value_pairs(&pairs);
+    const auto add = [&](const char* key, const std::string& value) {
+      api.add_key_value_pair(pairs, key, value.c_str());
+    };
+    // The keys and their meaning are ONNX Runtime's (OrtAllocator in its header); -1 is for no limit.
+    // NumArenaExtensions is left out: the pool does not grow in steps that could be counted as such.
+    add("Limit", now.limit == most ? "-1" : decimal(now.limit));
+    add("InUse", decimal(now.active));
+    add("TotalAllocated", decimal(now.reserved));
+    add("MaxInUse", decimal(now.peak_active));
+    add("NumAllocs", decimal(now.allocations));
+    add("NumReserves", decimal(owner.reserves_.load(std::memory_order_relaxed)));
+    add("NumArenaShrinkages", decimal(owner.shrinkages_.load(std::memory_order_relaxed)));
+    add("MaxAllocSize", decimal(owner.largest_.load(std::memory_order_relaxed)));
+  } catch (const std::exception& error) {
+    if (pairs != nullptr) api.release_key_value_pairs(pairs);
+    return api.create_status(ort::fail, error.what());
+  }
+  *stats = pairs;
+  return nullptr;
+}
+
+OrtStatus* OrtDeviceAllocator::shrink(OrtAllocator* self) noexcept {
+  OrtDeviceAllocator& owner = *reinterpret_cast<Face*>(self)->owner;
+  try {
+    owner.pool_.trim(0);
+    owner.shrinkages_.fetch_add(1, std::memory_order_relaxed);
+  } catch (const ForkedProcess&) {  // the memory is the parent's to give back
+  } catch (const std::exception& error) {
+    if (owner.api_) return owner.api_->create_status(ort::fail, error.what());
+    std::fprintf(stderr, "glake-infer: giving idle memory back failed: %s\n", error.what());
+  }
+  return nullptr;
+}
+
+void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   FailedAllocation failure;
   failure.requested = bytes;
   failure.thread = gettid();
   try {
-    const std::size_t padded = bytes == 0 || bytes > most - read_ahead ? bytes : bytes + read_ahead;
-    return reinterpret_cast<void*>(pool_.allocate(padded, tag));
+    const std::size_t extra = on_cuda_ || bytes == 0 || bytes > most - read_ahead ? 0 : read_ahead;
+    void* const address = reinterpret_cast<void*>(pool_.allocate(bytes + extra, tag, stream));
+    std::size_t largest = largest_.load(std::memory_order_relaxed);
+    while (bytes > largest && !largest_.compare_exchange_weak(largest, bytes, std::memory_order_relaxed)) {
+    }
+    return address;
   } catch (const OutOfMemoryError& error) {
     failure.out_of_memory = error.record;
   } catch (const ForkedProcess&) {
@@ -113,7 +191,7 @@ AllocationFailed::AllocationFailed(const FailedAllocation& failure) noexcept {
 
 void OrtDeviceAllocator::record(FailedAllocation& failure) noexcept {
   const std::scoped_lock lock(failures_mutex_);
-  failure.sequence = ++failure_count_;
+  failure.sequence = failure_number.fetch_add(1, std::memory_order_relaxed) + 1;
   try {
     failures_.push_back(failure);
     if (failures_.size() > most_failures) failures_.pop_front();
@@ -130,9 +208,6 @@ std::vector<FailedAllocation> OrtDeviceAllocator::failures(std::uint64_t since) 
   return found;
 }
 
-std::uint64_t OrtDeviceAllocator::failure_count() const {
-  const std::scoped_lock lock(failures_mutex_);
-  return failure_count_;
-}
+std::uint64_t OrtDeviceAllocator::failure_count() noexcept { return failure_number.load(std::memory_order_relaxed); }
 
 }  // namespace glake

@@ -1,10 +1,12 @@
 // The few declarations of ONNX Runtime's C API that we use.
 //
-// OrtApi is a struct of function pointers that only ever grows at its end, so a function's index is
-// fixed for good. The indices were read off the published header
-// (include/onnxruntime/core/session/onnxruntime_c_api.h), where they follow from the order of the
-// fields. Building needs no copy of that header, and one build serves every version of ONNX Runtime
-// from `oldest_api` on.
+// OrtApi is a struct of function pointers that only ever grows at its end, so a function's index is fixed for good.
+// The indices were counted in the published header, include/onnxruntime/core/session/onnxruntime_c_api.h, in the
+// order of the struct's fields, in its versions 22 (up to 300, where it has 318 fields), 23 (390 fields) and 24;
+// ONNX Runtime pins the counts itself (static_assert in onnxruntime_c_api.cc: version 1 ends at 101 with
+// ReleaseCustomOpDomain, version 22 at 317 with GetEpApi, version 23 at 389 with CreateExternalInitializerInfo). The
+// tests call them in the version that is installed. Building needs no copy of that header, and one build serves every
+// version of ONNX Runtime from `oldest_api` on.
 #pragma once
 
 #include <cstddef>
@@ -16,21 +18,24 @@ struct OrtEnv;
 struct OrtMemoryInfo;
 struct OrtValue;
 struct OrtSessionOptions;
+struct OrtKeyValuePairs;
+struct OrtSyncStream;
 
 struct OrtApiBase {
   const void* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
   const char* (*GetVersionString)();
 };
 
-// What ONNX Runtime calls. `version` says which fields it may read; those that came after 18 are here
-// so that the struct is as long as a newer ONNX Runtime believes, and stay null.
+// What ONNX Runtime calls. `version` says which fields it may read.
 struct OrtAllocator {
   std::uint32_t version;
   void* (*Alloc)(OrtAllocator* self, std::size_t bytes);
   void (*Free)(OrtAllocator* self, void* address);
   const OrtMemoryInfo* (*Info)(const OrtAllocator* self);
   void* (*Reserve)(OrtAllocator* self, std::size_t bytes);  // since 18: what a session keeps for life
-  void* later_fields[8];                                    // since 23: GetStats, AllocOnStream; 25: Shrink
+  OrtStatus* (*GetStats)(const OrtAllocator* self, OrtKeyValuePairs** stats);            // since 23
+  void* (*AllocOnStream)(OrtAllocator* self, std::size_t bytes, OrtSyncStream* stream);  // since 23
+  OrtStatus* (*Shrink)(OrtAllocator* self);                                              // since 25
 };
 }
 
@@ -38,7 +43,8 @@ namespace glake::ort {
 
 // ONNX Runtime 1.N has API version N.
 inline constexpr std::uint32_t oldest_api = 24;
-inline constexpr std::uint32_t allocator_version = 18;
+// The highest version of OrtAllocator whose fields are all declared above.
+inline constexpr std::uint32_t newest_allocator = 25;
 
 enum ErrorCode : int { fail = 1, invalid_argument = 2 };
 enum LoggingLevel : int { warning = 2 };
@@ -49,6 +55,7 @@ enum MemoryType : int { default_memory = 0 };
 class Api {
  public:
   explicit Api(const void* table) noexcept : table_(static_cast<void* const*>(table)) {}
+  [[nodiscard]] const void* table() const noexcept { return table_; }
 
   OrtStatus* create_status(ErrorCode code, const char* message) const noexcept {
     return function<OrtStatus*(int, const char*)>(0)(code, message);
@@ -64,6 +71,9 @@ class Api {
     return function<OrtStatus*(const OrtMemoryInfo*, void*, std::size_t, const std::int64_t*, std::size_t, int,
                                OrtValue**)>(49)(info, data, bytes, shape, rank, element_type, value);
   }
+  // For the names "Cpu" and "Cuda" it fills in the device's type, vendor and alignment as the execution providers
+  // have them; a session finds an allocator by these, not by the name (read in the source of 1.24; tried with 1.31.1
+  // on CUDA and 1.32.0 on the host).
   OrtStatus* create_memory_info(const char* name, AllocatorType type, int device, MemoryType memory,
                                 OrtMemoryInfo** info) const noexcept {
     return function<OrtStatus*(const char*, int, int, int, OrtMemoryInfo**)>(68)(name, type, device, memory, info);
@@ -78,6 +88,16 @@ class Api {
   OrtStatus* register_allocator(OrtEnv* env, OrtAllocator* allocator) const noexcept {
     return function<OrtStatus*(OrtEnv*, OrtAllocator*)>(176)(env, allocator);
   }
+  // Since 22.
+  void create_key_value_pairs(OrtKeyValuePairs** pairs) const { function<void(OrtKeyValuePairs**)>(295)(pairs); }
+  void add_key_value_pair(OrtKeyValuePairs* pairs, const char* key, const char* value) const {
+    function<void(OrtKeyValuePairs*, const char*, const char*)>(296)(pairs, key, value);
+  }
+  void release_key_value_pairs(OrtKeyValuePairs* pairs) const noexcept {
+    function<void(OrtKeyValuePairs*)>(300)(pairs);
+  }
+  // Since 23. The device's own stream (CUDA: the CUstream), null where `stream` stands for none.
+  void* stream_handle(OrtSyncStream* stream) const noexcept { return function<void*(OrtSyncStream*)>(384)(stream); }
 
  private:
   template <class Signature>

@@ -1,5 +1,7 @@
 #include "ort_attach.hpp"
 
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <optional>
 #include <utility>
@@ -22,15 +24,23 @@ OrtStatus* explain(const ort::Api& api, const std::string& what, OrtStatus* stat
   return api.create_status(ort::fail, message.c_str());
 }
 
+// "1.32.0" has API 32. (Asking GetApi for a version that is too high prints an error.)
+std::uint32_t api_version_of(const char* version) noexcept {
+  const char* const point = std::strchr(version, '.');
+  const unsigned long minor = point == nullptr ? 0 : std::strtoul(point + 1, nullptr, 10);
+  const bool known = std::strtoul(version, nullptr, 10) == 1 && minor >= ort::oldest_api && minor < 10'000;
+  return known ? static_cast<std::uint32_t>(minor) : ort::oldest_api;
+}
+
 }  // namespace
 
-OrtStatus* attach(const ort::Api& api, OrtSessionOptions* options) {
+OrtStatus* attach(const ort::Api& api, std::uint32_t api_version, OrtSessionOptions* options) {
   if (!pending || pending->allocator == nullptr) {
     return api.create_status(ort::invalid_argument,
                              "glake-infer: this library is not registered by hand. Use "
                              "glake_infer.Pool(...).attach(session_options), which does that for you.");
   }
-  if (OrtStatus* error = pending->allocator->register_with(api)) {
+  if (OrtStatus* error = pending->allocator->register_with(api, api_version)) {
     return explain(api, "the pool could not be made ONNX Runtime's allocator", error);
   }
   auto result = std::make_unique<InitializerValues>(api);
@@ -81,7 +91,7 @@ OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
   }
   const glake::ort::Api api(table);
   try {
-    return glake::attach(api, options);
+    return glake::attach(api, glake::api_version_of(base->GetVersionString()), options);
   } catch (const std::exception& error) {
     return api.create_status(glake::ort::fail, error.what());
   }

@@ -5,6 +5,9 @@
 // the API of the very copy of ONNX Runtime that Python uses, and the options. What is to be done with
 // them waits in a thread-local request, which Python sets right before that call, on the same thread:
 //
+// Options can be attached to the pools of several devices, one call each: a session that runs on CUDA may take its
+// host memory from the host's pool.
+//
 //   begin_attach(allocator, initializers);  options.register_custom_ops_library(our path);  finish_attach();
 #pragma once
 
@@ -38,7 +41,7 @@ class InitializerValues {
   [[nodiscard]] std::size_t size() const noexcept { return values_.size(); }
 
  private:
-  friend OrtStatus* attach(const ort::Api& api, OrtSessionOptions* options);
+  friend OrtStatus* attach(const ort::Api& api, std::uint32_t api_version, OrtSessionOptions* options);
   ort::Api api_;
   std::vector<OrtValue*> values_;
 };

@@ -55,7 +55,7 @@ Pool::~Pool() {
   for (const auto& [address, bytes] : files_) memory_->unmap_file(address, bytes);
 }
 
-Address Pool::allocate(std::size_t bytes, Tag tag) {
+Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle /*stream*/) {
   if (bytes == 0) return 0;
   const Operation operation(*this);
   Address address = 0;

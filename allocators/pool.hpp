@@ -125,7 +125,8 @@ class Pool {
 
   // At least `bytes` of memory, aligned to 64, from 256 bytes on to 256. 0 for 0 bytes.
   // Throws OutOfMemoryError, DriverError, ForkedProcess.
-  [[nodiscard]] Address allocate(std::size_t bytes, Tag tag = Tag::activations);
+  // `stream` is where the memory will be used first; ignored where work is done when it returns.
+  [[nodiscard]] Address allocate(std::size_t bytes, Tag tag = Tag::activations, StreamHandle stream = no_stream);
   // Takes back what allocate() gave; 0 is allowed and does nothing.
   // Throws InvalidPointer, with nothing changed, for any other address.
   void deallocate(Address address);

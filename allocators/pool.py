@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import torch_face
-from .attach import Initializer, Initializers, InitializerTuple, attach
+from .attach import Initializer, Initializers, InitializerTuple, attach, require_cuda_provider
 from .devices import cpu_memory, parse_device
 from .errors import (
     DriverError,
@@ -78,6 +79,8 @@ class PoolStats:
 
 _lock = threading.RLock()  # a finalizer may run while its own thread holds it
 _handles: weakref.WeakValueDictionary[str, Pool] = weakref.WeakValueDictionary()
+_devices: set[str] = {"cpu"}  # that ever had a handle: where a failure of ONNX Runtime's may be recorded
+_labels = threading.local()
 
 
 def _forget_handles() -> None:
@@ -99,34 +102,46 @@ class Pool:
     Thread-safe. A child of fork() cannot use it (`ForkedProcessError`), nor sessions that are on it.
 
     Args:
-        device: "cpu".
+        device: "cpu", "cuda:N", or "cuda" for "cuda:0"; N as CUDA counts in this process (CUDA_VISIBLE_DEVICES).
         limit: a hard bound on the memory that the pool holds, idle memory and mapped weights
             included: bytes, or text such as "4GiB". None: all memory of the machine, or of its
-            control group if that is less.
+            control group if that is less; on CUDA all memory of the device.
+        debug: find wrong accesses: guards around what is handed out, checks at every free. Slower.
+        wipe: set memory to zero when it is freed, for tenants that must not see each other's data.
 
     Raises:
         PoolExistsError: the device has a pool with a live handle.
         PoolInUseError: sessions of an earlier handle hold more than `limit`.
         DeviceNotFoundError: no such device.
-        InputError: not a limit.
+        InputError: not a limit, or more than the memory of the CUDA device.
+        DriverError: the device could not be opened.
         ForkedProcessError: the parent process has a pool.
     """
 
-    def __init__(self, device: str = "cpu", limit: int | str | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        limit: int | str | None = None,
+        debug: bool = False,
+        wipe: bool = False,
+    ) -> None:
         self._device = parse_device(device)
-        size = _parse_limit(limit)
+        size = _parse_limit(limit, self._device)
         from . import _native
 
         with _lock:
             if self._device in _handles:
                 raise PoolExistsError(self._device)
-            pool = _native.host_pool()
+            pool = _native.device_pool(self._device)
+            if debug or wipe:  # LEAD: replace these two lines by what hands the options to the native pool
+                raise InputError("debug and wipe are not available in this build")
             pool.set_limit(size)
             pool.reset_peaks()
             self._pool: _native.Pool | None = pool
             self._finalizer = weakref.finalize(self, _give_back, pool)
             self._finalizer.atexit = False  # at exit memory is leaked, not pulled from under live sessions
             _handles[self._device] = self
+            _devices.add(self._device)
 
     @classmethod
     def current(cls, device: str = "cpu") -> Pool | None:
@@ -140,9 +155,23 @@ class Pool:
         return self._device
 
     @property
-    def providers(self) -> list[str]:
-        """The execution providers for `onnxruntime.InferenceSession(..., providers=pool.providers)`."""
-        return ["CPUExecutionProvider"]
+    def providers(self) -> list[str | tuple[str, dict[str, Any]]]:
+        """The execution providers for `onnxruntime.InferenceSession(..., providers=pool.providers)`.
+
+        On CUDA they are the CUDA provider on this device and the CPU's for what it cannot run. Other options of
+        the provider (`user_compute_stream`, `use_tf32`, ...) can be added to its dictionary: it is a new one at
+        every call. `gpu_mem_limit` and `arena_extend_strategy` do nothing: they are the arena's, and an attached
+        session has none. Do not set `gpu_external_alloc`: it goes past the pool.
+
+        Raises `MissingDependencyError`, with the commands to run, if ONNX Runtime is missing, too old or has no
+        CUDA provider. Where the provider is there and its libraries are not, ONNX Runtime itself warns and goes
+        on with the CPU: `session.get_providers()` tells.
+        """
+        if self._device == "cpu":
+            return ["CPUExecutionProvider"]
+        require_cuda_provider()
+        index = int(self._device.partition(":")[2])
+        return [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
 
     def attach(
         self,
@@ -157,22 +186,28 @@ class Pool:
         from the model itself and does not prepack come from the pool too with version 1.24, and stay in
         memory of its own, outside the limit, with 1.32. Those of `initializers` stay where they are.
 
+        On CUDA all of a session's device memory comes from the pool, weights included; what cuBLAS, cuDNN and the
+        CUDA context take comes from the driver, outside the limit. Pinned memory stays ONNX Runtime's. So does the
+        host memory of such a session, unless this process has attached sessions to a pool on "cpu" too: ONNX
+        Runtime then takes it from there, since its allocators belong to the process. An output whose memory is on the
+        device may be dropped once the work that was queued on its session's stream is done or ordered after.
+
         Args:
             options: the options of the sessions to come.
             initializers: weights in memory of ours to be used, without a copy, instead of the graph's
-                initializers of the same names: `(name, address, bytes, ONNX element type, shape)`. The
-                memory must stay as it is until every session made from the options is gone.
+                initializers of the same names: `(name, address, bytes, ONNX element type, shape)`. It is
+                memory of this pool's device, and must stay as it is until every session made from the options is gone.
 
         Returns:
             The owner of ONNX Runtime's values over the weights.
 
         Raises:
-            MissingDependencyError: ONNX Runtime is not installed or too old.
+            MissingDependencyError: ONNX Runtime is not installed, too old, or lacks the CUDA provider.
             GlakeError: ONNX Runtime refused, for example a weight that was injected twice. Throw the
                 options away.
         """
         self._open().stats()
-        return attach(options, initializers)
+        return attach(options, initializers, self._device)
 
     def torch_allocator(self) -> Any:
         """Return PyTorch's `CUDAPluggableAllocator` over this process's pools, for a `torch.cuda.MemPool`.
@@ -233,19 +268,51 @@ class Pool:
 
     @limit.setter
     def limit(self, limit: int | str | None) -> None:
-        self._open().set_limit(_parse_limit(limit))
+        self._open().set_limit(_parse_limit(limit, self._device))
 
-    def allocate(self, bytes: int | str, tag: str = "activations") -> int:  # noqa: A002
+    def allocate(self, bytes: int | str, tag: str = "activations", stream: object = None) -> int:  # noqa: A002
         """Return the address of memory for `bytes` bytes, aligned to 256 (64 below 256 bytes); 0 for 0 bytes.
 
-        `tag` ("activations" or "weights") says in errors and statistics who holds it. Give it back
-        with `deallocate`.
+        Give it back with `deallocate`. On CUDA the memory may be that of earlier work, still queued on `stream`:
+        use it on that stream, or on others after it.
+
+        Args:
+            bytes: bytes, or text such as "4MiB".
+            tag: "activations" or "weights": what errors and statistics say it is held for.
+            stream: on CUDA the stream that uses the memory: a handle (CUstream as int; 0 is the legacy default
+                stream), a `torch.cuda.Stream`, a CuPy stream, or anything with `__cuda_stream__`. It is also where
+                the memory's last use is taken to be when it is freed. None: any stream may use it. Ignored on "cpu".
 
         Raises:
             OutOfMemoryError: the limit has no room. Nothing changed.
-            DriverError: the system refused. Nothing is left allocated.
+            DriverError: the system or the driver refused. Nothing is left allocated.
+            InputError: not a stream.
         """
-        return self._open().allocate(parse_bytes(bytes), tag)
+        return self._open().allocate(parse_bytes(bytes), tag, _stream_handle(stream))
+
+    @contextlib.contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """Name what this thread allocates inside the `with` block, on any device, after `name`.
+
+        Errors, statistics and traces say under that name who holds memory. Blocks nest; each thread has its own.
+
+        Raises `InputError` if the name is not a text, or is empty.
+        """
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"a label is a text that is not empty; received {name!r}. Pass a session's or model's name"
+            )
+        self._open()
+        from . import _native
+
+        previous = getattr(_labels, "current", "")
+        _native.set_label(name)
+        _labels.current = name
+        try:
+            yield
+        finally:
+            _native.set_label(previous)
+            _labels.current = previous
 
     def deallocate(self, address: int) -> None:
         """Take back what `allocate` returned.
@@ -280,24 +347,25 @@ class Pool:
         self._open().unmap_file(address)
 
     def failures(self, since: int = 0) -> list[OutOfMemoryError | DriverError]:
-        """Return why requests of ONNX Runtime's failed: the last 32 above `since`, oldest first."""
+        """Return why requests of ONNX Runtime's on this device failed: the last 32 above `since`, oldest first."""
         self._open()
         from . import _native
 
-        return _native.failures(since)
+        return _native.failures(since, self._device)
 
     @property
     def failure_count(self) -> int:
-        """How many requests of ONNX Runtime's failed in this process: the `sequence` of the last one."""
+        """How many requests of ONNX Runtime's failed in this process, on any device: the last one's `sequence`."""
         self._open()
         from . import _native
 
         return _native.failure_count()
 
-    def explain(self, error: BaseException) -> OutOfMemoryError | DriverError | None:
+    def explain(self, error: BaseException) -> OutOfMemoryError | DriverError | ForkedProcessError | None:
         """Return the pool's own error behind an error of ONNX Runtime's, or None if there is none.
 
-        A session whose request fails raises an error of ONNX Runtime's that quotes ours. For example:
+        A session whose request fails raises an error of ONNX Runtime's that quotes ours. A session on CUDA may
+        have failed on the host's pool: that is found as well. For example:
 
             try:
                 session.run(None, feeds)
@@ -307,7 +375,16 @@ class Pool:
         match = re.search(r"\[glake-infer failure (\d+)\]", str(error))
         if match is None:
             return None
-        return next((found for found in self.failures() if found.sequence == int(match[1])), None)
+        from . import _native
+
+        number = int(match[1])
+        if number == 0:  # a child of fork() keeps no records
+            return ForkedProcessError()
+        for device in sorted(_devices):
+            for found in _native.failures(number - 1, device):
+                if found.sequence == number:
+                    return found
+        return None
 
     def check_invariants(self) -> None:
         """Verify the pool's bookkeeping; RuntimeError names what does not hold. For tests."""
@@ -362,13 +439,46 @@ class Pool:
         return self._pool
 
 
-def _parse_limit(limit: int | str | None) -> int:
-    if limit is None:
-        return cpu_memory()
-    size = parse_bytes(limit)
+def _parse_limit(limit: int | str | None, device: str) -> int:
+    size = None if limit is None else parse_bytes(limit)
     if size == 0:
-        raise InputError("a pool's limit must be more than 0 bytes; None means all memory of the machine")
-    return min(size, 2**63)  # addresses end long before
+        raise InputError(
+            "a pool's limit must be more than 0 bytes; None means all memory of the machine or the device"
+        )
+    if device == "cpu":
+        return cpu_memory() if size is None else min(size, 2**63)  # addresses end long before
+    from . import _native
+
+    total = _native.device_memory(device)
+    if size is not None and size > total:
+        raise InputError(
+            f"the limit cannot be {format_bytes(size)} ({size} bytes): device {device!r} has {format_bytes(total)} "
+            f"({total} bytes) of memory. Choose a limit of at most that, or None for all of it"
+        )
+    return total if size is None else size
+
+
+def _stream_handle(stream: object) -> int:
+    """Return the handle of a CUDA stream, -1 for none."""
+    if stream is None:
+        return -1
+    handle: object = stream
+    if hasattr(stream, "__cuda_stream__"):  # a pair: the protocol's version, the handle
+        pair = stream.__cuda_stream__
+        pair = pair() if callable(pair) else pair
+        handle = pair[1] if isinstance(pair, tuple) and len(pair) == 2 else None
+    elif hasattr(stream, "cuda_stream"):  # PyTorch
+        handle = stream.cuda_stream
+    elif hasattr(stream, "ptr"):  # CuPy
+        handle = stream.ptr
+    if hasattr(handle, "__index__") and not isinstance(handle, bool):
+        number = operator.index(handle)
+        if 0 <= number < 2**63:
+            return number
+    raise InputError(
+        f"{stream!r} is no CUDA stream: expected its handle as an int, a torch.cuda.Stream, a CuPy stream, an object "
+        "with __cuda_stream__, or None"
+    )
 
 
 def _give_back(pool: _native.Pool) -> None:

@@ -9,8 +9,8 @@
 namespace {
 
 glake::OrtDeviceAllocator& allocator_of(int device) {
-  if (device < 0) return glake::host_allocator();
-  throw glake::DriverError("there is no pool for CUDA device " + std::to_string(device));
+  if (device < 0) return glake::device_allocator({});
+  return glake::device_allocator({glake::Device::cuda, device});
 }
 
 }  // namespace

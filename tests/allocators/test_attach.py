@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conformance import MiB
 from memory import file_of_bytes, smaps
+from ort_c_api import Struct
 from tiny import HIDDEN, rows, two_layers, weights
 
 from glake_infer.allocators import (
@@ -175,8 +176,25 @@ class TestSession:
         del session, options
         gc.collect()
         pool.trim()
+        assert pool.stats().active >= ROWS.nbytes
         np.testing.assert_array_equal(output.numpy(), plain(model, ROWS))
         del output
+        assert pool.stats().active == 0  # freed through the same allocator, without its session
+
+    def test_an_output_outlives_its_session_and_the_handle(self):
+        model = two_layers(WEIGHTS)
+        pool = Pool(limit="1GiB")
+        options = ort.SessionOptions()
+        pool.attach(options)
+        session = ort.InferenceSession(model, options, providers=pool.providers)
+        output = session.run_with_ort_values(["y"], {"x": ort.OrtValue.ortvalue_from_numpy(ROWS)})[0]
+        del session, options, pool
+        gc.collect()
+        np.testing.assert_array_equal(output.numpy(), plain(model, ROWS))
+        with Pool(limit="1GiB") as pool:
+            assert pool.stats().active >= ROWS.nbytes
+            del output
+            assert pool.stats().active == 0
 
     def test_the_options_say_what_was_set(self, pool):
         options = ort.SessionOptions()
@@ -185,8 +203,6 @@ class TestSession:
         assert options.get_session_config_entry("session.use_device_allocator_for_initializers") == "1"
 
     def test_the_allocator_is_registered_once_per_process(self, pool):
-        from test_ort_allocator import Struct
-
         pool.attach(ort.SessionOptions())
         address = _native.ort_allocator()
         info = Struct.from_address(address).Info(address)
