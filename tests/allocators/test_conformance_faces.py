@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
+from collections.abc import Sequence
 
 import pytest
 from conformance import LIMIT, Allocator, AllocatorConformance
-from test_ort_allocator import OrtFace
+from ort_c_api import Stream
+from test_ort_allocator import VERSION, OrtFace
 
 from glake_infer.allocators import InvalidPointerError, OutOfMemoryError, Pool, _native
 from glake_infer.allocators import pool as pool_module
@@ -17,6 +18,7 @@ class PythonPool(Allocator):
     """glake_infer.Pool."""
 
     out_of_memory = OutOfMemoryError
+    streams = (0x100000, 0x200000, 0x300000)  # the host has none: any handle will do
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -29,6 +31,9 @@ class PythonPool(Allocator):
     def deallocate(self, address): ...
     def trim(self): ...
     def check_invariants(self): ...
+
+    def allocate_on(self, size, stream):
+        return self.pool.allocate(size, stream=stream)
 
     def stats(self):
         return self.pool._open().stats()
@@ -51,8 +56,27 @@ class OrtReserveFace(OrtFace):
         return _native.ort_allocate(size, reserve=True)
 
 
+class OrtStreamFace(OrtFace):
+    """ONNX Runtime's way to activations: AllocOnStream, with a stream object of its own making."""
+
+    def __init__(
+        self, capture: pytest.CaptureFixture[str], handles: Sequence[int] = (0x100000, 0x200000)
+    ) -> None:
+        super().__init__(capture)
+        self._objects = [Stream(handle=handle) for handle in handles]
+        self.streams = [ctypes.addressof(stream) for stream in self._objects]
+
+    def allocate(self, size):
+        return self.allocate_on(size, self.streams[0])
+
+    def allocate_on(self, size, stream):
+        return _native.ort_allocate(size, stream=stream)
+
+
 class TorchFace(Allocator):
     """The C functions that PyTorch calls (torch_face.hpp); null is how the one for a MemPool refuses."""
+
+    streams = (0x100000, 0x200000, 0x300000)
 
     def __init__(
         self, pool: Pool, capture: pytest.CaptureFixture[str], device: int = -1, stream: int = 0
@@ -109,6 +133,14 @@ class TestOrtReserve(AllocatorConformance):
         return OrtReserveFace(capfd)
 
 
+@pytest.mark.skipif(VERSION < 23, reason="this ONNX Runtime has no AllocOnStream")
+class TestOrtAllocOnStream(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool, capfd):
+        pool.limit = LIMIT
+        return OrtStreamFace(capfd)
+
+
 class TestTorch(AllocatorConformance):
     @pytest.fixture
     def allocator(self, pool, capfd):
@@ -116,7 +148,6 @@ class TestTorch(AllocatorConformance):
         return TorchFace(pool, capfd)
 
 
-@pytest.mark.skipif("debug" not in inspect.signature(Pool).parameters, reason="this build has no debug pools")
 class TestDebugPool(AllocatorConformance):
     @pytest.fixture
     def allocator(self):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
+import ctypes
 
 import pytest
 
 pytest.importorskip("cupy")
 import kernels
 from conformance import LIMIT, AllocatorConformance, KiB, MiB
+from ort_c_api import Stream, Struct
 from test_conformance_faces import PythonPool, TorchFace
 from test_ort_allocator import OrtFace
 
@@ -35,7 +36,7 @@ class OnDevice:
         if not tail:
             return True
         wrong = kernels.counter()
-        stream = kernels.new_stream()
+        stream = kernels.cupy().cuda.Stream.null
         kernels.compare(stream, address, size // 4 * 4, value * 0x01010101, wrong)
         stream.synchronize()
         return int(wrong.get()[0]) == 0 and kernels.read(address + size - tail, tail) == bytes([value]) * tail
@@ -77,18 +78,23 @@ class CudaTorchFace(OnDevice, TorchFace):
 
 
 class CudaOrtFace(OnDevice, OrtFace):
-    """Alloc, Reserve and Free as ONNX Runtime calls them. AllocOnStream takes a stream object of ONNX Runtime's: the
-    tests with sessions go through it."""
+    """Alloc, Reserve, AllocOnStream and Free as ONNX Runtime calls them."""
 
-    def __init__(self, pool, capture, reserve):
-        from test_ort_allocator import Struct
-
-        self.pool, self._capture, self._reserve = pool, capture, reserve
+    def __init__(self, pool, capture, way, streams):
+        self.pool, self._capture, self._way = pool, capture, way
         self.address = _native.ort_allocator(pool.device)
         self.struct = Struct.from_address(self.address)
+        if way == "AllocOnStream":
+            self._alive = streams, [Stream(handle=stream.ptr) for stream in streams]
+            self.streams = [ctypes.addressof(stream) for stream in self._alive[1]]
 
     def allocate(self, size):
-        return _native.ort_allocate(size, self._reserve, self.pool.device)
+        if self._way == "AllocOnStream":
+            return self.allocate_on(size, self.streams[0])
+        return _native.ort_allocate(size, self._way == "Reserve", self.pool.device)
+
+    def allocate_on(self, size, stream):
+        return _native.ort_allocate(size, False, self.pool.device, stream)
 
     def stats(self):
         return self.pool._open().stats()
@@ -125,13 +131,12 @@ class TestCudaTorch(AllocatorConformance):
 
 
 class TestCudaOrt(AllocatorConformance):
-    @pytest.fixture(params=[False, True], ids=["Alloc", "Reserve"])
-    def allocator(self, request, pool, capfd):
+    @pytest.fixture(params=["Alloc", "Reserve", "AllocOnStream"])
+    def allocator(self, request, pool, streams, capfd):
         pool.limit = LIMIT
-        return CudaOrtFace(pool, capfd, request.param)
+        return CudaOrtFace(pool, capfd, request.param, streams)
 
 
-@pytest.mark.skipif("debug" not in inspect.signature(Pool).parameters, reason="this build has no debug pools")
 class TestCudaDebugPool(AllocatorConformance):
     @pytest.fixture
     def allocator(self, device, streams):
