@@ -18,6 +18,7 @@ class PythonPool(Allocator):
     """glake_infer.Pool."""
 
     out_of_memory = OutOfMemoryError
+    slowness = 4  # the native pool is tested at length
     streams = (0x100000, 0x200000, 0x300000)  # the host has none: any handle will do
 
     def __init__(self, pool: Pool) -> None:
@@ -52,12 +53,16 @@ class PythonPool(Allocator):
 class OrtReserveFace(OrtFace):
     """ONNX Runtime's way to weights."""
 
+    slowness = 4
+
     def allocate(self, size):
         return _native.ort_allocate(size, reserve=True)
 
 
 class OrtStreamFace(OrtFace):
     """ONNX Runtime's way to activations: AllocOnStream, with a stream object of its own making."""
+
+    slowness = 4
 
     def __init__(
         self, capture: pytest.CaptureFixture[str], handles: Sequence[int] = (0x100000, 0x200000)
