@@ -94,7 +94,7 @@ def load():
     synchronize()
 
 
-def memset(address, size, value):
+def memset(address, value, size):
     """Set bytes and wait."""
     cupy().cuda.runtime.memset(address, value, size)
     synchronize()
