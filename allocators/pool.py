@@ -362,7 +362,7 @@ class Pool:
         return _native.failure_count()
 
     def explain(self, error: BaseException) -> OutOfMemoryError | DriverError | ForkedProcessError | None:
-        """Return the pool's own error behind an error of ONNX Runtime's, or None if there is none.
+        """Return the pool's own error behind an error of ONNX Runtime's or PyTorch's, or None if there is none.
 
         A session whose request fails raises an error of ONNX Runtime's that quotes ours. A session on CUDA may
         have failed on the host's pool: that is found as well. For example:
@@ -371,7 +371,12 @@ class Pool:
                 session.run(None, feeds)
             except Exception as error:
                 raise pool.explain(error) or error
+
+        A `torch.OutOfMemoryError` of a MemPool cannot quote ours: the last failure of this thread explains it.
         """
+        if (type(error).__module__, type(error).__name__) == ("torch", "OutOfMemoryError"):
+            mine = [found for found in self.failures() if found.thread == threading.get_native_id()]
+            return mine[-1] if mine else None
         match = re.search(r"\[glake-infer failure (\d+)\]", str(error))
         if match is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -174,6 +175,15 @@ class TestTorchFace:
         (failure,) = pool.failures(before)
         assert isinstance(failure, OutOfMemoryError)
         assert failure.requested == LIMIT + 1
+
+    def test_pytorchs_own_error_is_explained_by_this_threads_last_failure(self, face, pool):
+        error = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("CUDA out of memory.")
+        other = threading.Thread(target=lambda: pytest.raises(MemoryError, face.allocate, LIMIT + 2))
+        with pytest.raises(MemoryError):
+            face.allocate(LIMIT + 1)
+        other.start()
+        other.join()
+        assert pool.explain(error).requested == LIMIT + 1
 
     def test_a_pool_of_the_host_is_none_for_pytorch(self, pool):
         for call in (pool.torch_allocator, pool.torch_mem_pool, pool.use_in_torch):

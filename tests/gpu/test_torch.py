@@ -51,10 +51,11 @@ def test_the_limit_ends_in_pytorchs_error_and_a_record(pool):
     mem_pool, before = pool.torch_mem_pool(), pool.failure_count
     with torch.cuda.use_mem_pool(mem_pool):
         kept = torch.ones(10 * MiB, dtype=torch.uint8, device=pool.device)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError) as caught:
             torch.ones(100 * MiB, dtype=torch.uint8, device=pool.device)
         again = torch.ones(10 * MiB, dtype=torch.uint8, device=pool.device)
     failure = pool.failures(before)[-1]
+    assert pool.explain(caught.value).sequence == failure.sequence
     assert isinstance(failure, OutOfMemoryError)
     assert failure.requested == 100 * MiB
     del kept, again, mem_pool
