@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    index = int(arguments.device.partition(":")[2])
+    index = int(arguments.device.partition(":")[2] or 0)
     cupy.cuda.Device(index).use()
     runtime = cupy.cuda.runtime
 

@@ -61,7 +61,7 @@ def child(side: str, device: str) -> None:
     from glake_infer import Pool
     from glake_infer.allocators import import_onnxruntime
 
-    index = int(device.partition(":")[2])
+    index = int(device.partition(":")[2] or 0)
     runtime.cudaSetDevice(index)
     runtime.cudaFree(0)
     ort = import_onnxruntime()

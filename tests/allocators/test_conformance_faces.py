@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
+import types
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +13,14 @@ from conformance import LIMIT, Allocator, AllocatorConformance
 from ort_c_api import Stream
 from test_ort_allocator import VERSION, OrtFace
 
-from glake_infer.allocators import InvalidPointerError, OutOfMemoryError, Pool, _native
+from glake_infer.allocators import (
+    InvalidPointerError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    Pool,
+    _native,
+    torch_face,
+)
 from glake_infer.allocators import pool as pool_module
 
 
@@ -178,7 +187,12 @@ class TestTorchFace:
 
     def test_pytorchs_own_error_is_explained_by_this_threads_last_failure(self, face, pool):
         error = type("OutOfMemoryError", (RuntimeError,), {"__module__": "torch"})("CUDA out of memory.")
-        other = threading.Thread(target=lambda: pytest.raises(MemoryError, face.allocate, LIMIT + 2))
+
+        def fail_too():
+            with pytest.raises(MemoryError):
+                face.allocate(LIMIT + 2)
+
+        other = threading.Thread(target=fail_too)
         with pytest.raises(MemoryError):
             face.allocate(LIMIT + 1)
         other.start()
@@ -189,3 +203,12 @@ class TestTorchFace:
         for call in (pool.torch_allocator, pool.torch_mem_pool, pool.use_in_torch):
             with pytest.raises(ValueError, match="'cpu'"):
                 call()
+
+    @pytest.mark.parametrize(
+        "module", [None, types.SimpleNamespace(__version__="2.4", _C=object(), cuda=object())]
+    )
+    def test_pytorch_is_missing_or_has_no_cuda(self, monkeypatch, module):
+        monkeypatch.setitem(sys.modules, "torch", module)
+        for call in (torch_face.mem_pool, torch_face.use):
+            with pytest.raises(MissingDependencyError, match="pip install torch"):
+                call("cuda:0")
