@@ -76,6 +76,9 @@ class OrtDeviceAllocator {
   // The sequence number of the last failure on any device.
   [[nodiscard]] static std::uint64_t failure_count() noexcept;
 
+  // What every C function that allocates does. Null for 0 bytes. Throws AllocationFailed, which is recorded.
+  [[nodiscard]] void* allocate(std::size_t bytes, Tag tag, StreamHandle stream = no_stream);
+
   [[nodiscard]] OrtAllocator* c_struct() noexcept { return &face_.base; }
   [[nodiscard]] Pool& pool() noexcept { return pool_; }
   // ONNX Runtime's table of functions; null before register_with() succeeded.
@@ -96,7 +99,6 @@ class OrtDeviceAllocator {
   static OrtStatus* get_stats(const OrtAllocator* self, OrtKeyValuePairs** stats) noexcept;
   static OrtStatus* shrink(OrtAllocator* self) noexcept;
 
-  [[nodiscard]] void* allocate(std::size_t bytes, Tag tag, StreamHandle stream);
   void record(FailedAllocation& failure) noexcept;
 
   Face face_;

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from . import torch_face
 from .attach import Initializer, Initializers, InitializerTuple, attach, require_cuda_provider
 from .devices import cpu_memory, parse_device
 from .errors import (
@@ -208,6 +209,43 @@ class Pool:
         self._open().stats()
         return attach(options, initializers, self._device)
 
+    def torch_allocator(self) -> Any:
+        """Return PyTorch's `CUDAPluggableAllocator` over this process's pools, for a `torch.cuda.MemPool`.
+
+        Raises `MissingDependencyError`, `InputError`; see `torch_mem_pool`.
+        """
+        self._open()
+        torch_face.check(self._device)
+        return torch_face.allocator()
+
+    def torch_mem_pool(self) -> Any:
+        """Return a new `torch.cuda.MemPool` that takes its memory from this pool.
+
+            with torch.cuda.use_mem_pool(pool.torch_mem_pool()):
+                x = torch.empty(1000, device="cuda")
+
+        PyTorch's caching allocator stays in front of it: memory comes in segments of 2 or 20 MiB and more, which
+        count as active here until the MemPool is deleted (`del`) or emptied.
+
+        Raises:
+            MissingDependencyError: PyTorch is not installed, older than 2.5, or without CUDA.
+            InputError: this pool is not on a CUDA device.
+        """
+        self._open()
+        return torch_face.mem_pool(self._device)
+
+    def use_in_torch(self) -> None:
+        """Make this process's pools PyTorch's only CUDA allocator, on every device, until the process ends.
+
+        Call it before anything uses torch.cuda. Every tensor is then one allocation of the pool, and a request that
+        fails raises a RuntimeError that `explain` understands. `Tensor.record_stream` has no effect: keep a tensor
+        that another stream uses until that stream is done with it.
+
+        Raises as `torch_mem_pool` does, and `GlakeError`, with nothing changed, where it is too late.
+        """
+        self._open()
+        torch_face.use(self._device)
+
     def stats(self) -> PoolStats:
         """Return what the pool holds now."""
         return PoolStats(**self._open().stats())
@@ -324,7 +362,7 @@ class Pool:
         return _native.failure_count()
 
     def explain(self, error: BaseException) -> OutOfMemoryError | DriverError | ForkedProcessError | None:
-        """Return the pool's own error behind an error of ONNX Runtime's, or None if there is none.
+        """Return the pool's own error behind an error of ONNX Runtime's or PyTorch's, or None if there is none.
 
         A session whose request fails raises an error of ONNX Runtime's that quotes ours. A session on CUDA may
         have failed on the host's pool: that is found as well. For example:
@@ -333,7 +371,12 @@ class Pool:
                 session.run(None, feeds)
             except Exception as error:
                 raise pool.explain(error) or error
+
+        A `torch.OutOfMemoryError` of a MemPool cannot quote ours: the last failure of this thread explains it.
         """
+        if (type(error).__module__, type(error).__name__) == ("torch", "OutOfMemoryError"):
+            mine = [found for found in self.failures() if found.thread == threading.get_native_id()]
+            return mine[-1] if mine else None
         match = re.search(r"\[glake-infer failure (\d+)\]", str(error))
         if match is None:
             return None

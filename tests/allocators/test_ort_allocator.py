@@ -45,6 +45,9 @@ class OrtFace(Allocator):
     def check_invariants(self):
         _native.host_pool().check_invariants()
 
+    def set_limit(self, limit):
+        _native.host_pool().set_limit(limit)
+
 
 @pytest.fixture
 def allocator(pool, capfd):

@@ -1,0 +1,35 @@
+"""Fixtures for the tests that need an NVIDIA GPU. $GLAKE_TEST_DEVICE names it; "cuda:0" otherwise."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# pytest's importlib mode puts no test folder on the path; these tests share kernels.py and the CPU tests' helpers.
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "allocators"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    """The name of the device under test."""
+    return os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
+
+
+@pytest.fixture
+def pool(device):
+    """The pool of the device, with a limit of 4 GiB. A test that leaves memory in use fails."""
+    from kernels import synchronize
+
+    from glake_infer import Pool
+
+    pool = Pool(device, limit="4GiB")
+    yield pool
+    gc.collect()  # sessions sit in cycles
+    synchronize()
+    pool.check_invariants()
+    pool.close()
