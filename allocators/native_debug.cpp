@@ -224,6 +224,12 @@ nb::dict stats(HostDebugHeap& self) {
   return fields;
 }
 
+// What a native thread runs in a test: returns the text, which stays.
+void* native_stack_entry(void*) {
+  static const std::string text = glake::capture_python_stack();
+  return const_cast<char*>(text.c_str());
+}
+
 }  // namespace
 
 void bind_debug(nb::module_& module) {
@@ -278,6 +284,10 @@ void bind_debug(nb::module_& module) {
 
   module.def("capture_stack", &glake::capture_python_stack, Unlocked(),
              "Where this thread is: FILE:LINE in FUNCTION per line, innermost first.");
+
+  module.def(
+      "native_stack_entry", [] { return reinterpret_cast<Address>(&native_stack_entry); },
+      "For tests: the address of a start routine for pthread_create that captures the stack.");
 
   // Until the interpreter begins to exit: threads that want the GIL after that never get it.
   glake::set_stack_capture(glake::capture);
