@@ -37,7 +37,7 @@ $(VENV)/.installed: $(VENV)/.created $(NATIVE)
 $(VENV)/.checked: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"])') \
-	  nanobind scikit-build-core cmake ninja
+	  nanobind nvidia-cuda-runtime scikit-build-core cmake ninja
 	@touch $@
 
 clean:

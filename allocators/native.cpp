@@ -14,6 +14,7 @@
 #include "device_pool.hpp"
 #include "host_memory.hpp"
 #include "native_debug.hpp"
+#include "native_devices.hpp"
 #include "ort_attach.hpp"
 #include "pool.hpp"
 
@@ -124,6 +125,7 @@ void begin_attach(const std::vector<InitializerTuple>& initializers) {
 NB_MODULE(_native, module) {
   module.doc() = "The native core of glake_infer.allocators. Private: use glake_infer.Pool.";
   nb::register_exception_translator(translate);
+  bind_devices(module);
   bind_debug(module);
 
   nb::class_<Pool>(module, "Pool", "A pool of host memory of its own. The pool of a device is host_pool().")

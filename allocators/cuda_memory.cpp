@@ -1,0 +1,142 @@
+#include "cuda_memory.hpp"
+
+#include <string>
+
+namespace glake {
+
+CudaMemory::CudaMemory(int device, Options options)
+    : context_(std::make_shared<const CudaContext>(device)),
+      driver_(context_->driver),
+      exportable_(options.exportable),
+      total_(cuda_device_memory(device)),
+      streams_(context_) {
+  if (!context_->has(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)) {
+    throw DriverError("making a pool on " + context_->name() +
+                      " failed: the device, or the way in which this machine shows it (vGPU, MPS), does not support "
+                      "CUDA's virtual memory management, which glake-infer needs. Use another device.");
+  }
+  if (exportable_ && !context_->has(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)) {
+    throw DriverError("making a pool with exportable memory on " + context_->name() +
+                      " failed: the device does not export memory as POSIX file descriptors. Make the pool without.");
+  }
+  properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+  properties_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  properties_.location.id = context_->device();
+  if (exportable_) properties_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  const CurrentContext current(*context_);
+  context_->check(driver_.mem_granularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                  "asking for the granularity of memory (cuMemGetAllocationGranularity)");
+  context_->check(driver_.stream_create(&private_stream_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+}
+
+CudaMemory::~CudaMemory() {
+  if (process_.is_child()) return;
+  context_->report(driver_.stream_destroy(private_stream_), "destroying a stream (cuStreamDestroy)", 0);
+}
+
+std::size_t CudaMemory::free_bytes() const noexcept {
+  std::size_t free = 0;
+  std::size_t total = 0;
+  const CurrentContext current(*context_);
+  return driver_.mem_get_info(&free, &total) == CUDA_SUCCESS ? free : 0;
+}
+
+Address CudaMemory::do_reserve(std::size_t bytes) {
+  const CurrentContext current(*context_);
+  CUdeviceptr address = 0;
+  context_->check(driver_.mem_address_reserve(&address, bytes, granularity_, 0, 0),
+                  "reserving address space (cuMemAddressReserve)", bytes);
+  return address;
+}
+
+void CudaMemory::do_release(Address address, std::size_t bytes) noexcept {
+  const CurrentContext current(*context_);
+  context_->report(driver_.mem_address_free(address, bytes), "releasing address space (cuMemAddressFree)", bytes);
+}
+
+ChunkHandle CudaMemory::do_create(std::size_t bytes) {
+  const CurrentContext current(*context_);
+  CUmemGenericAllocationHandle handle = 0;
+  context_->check(driver_.mem_create(&handle, bytes, &properties_, 0), "creating device memory (cuMemCreate)", bytes);
+  return {handle, bytes};
+}
+
+void CudaMemory::do_destroy(ChunkHandle handle) noexcept {
+  const CurrentContext current(*context_);
+  context_->report(driver_.mem_release(handle.value), "releasing device memory (cuMemRelease)", handle.bytes);
+}
+
+void CudaMemory::do_map(Address address, ChunkHandle handle) {
+  const CurrentContext current(*context_);
+  context_->check(driver_.mem_map(address, handle.bytes, 0, handle.value, 0), "mapping device memory (cuMemMap)",
+                  handle.bytes);
+  try {
+    set_access(address, handle.bytes, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  } catch (...) {
+    do_unmap(address, handle.bytes);
+    throw;
+  }
+}
+
+void CudaMemory::do_unmap(Address address, std::size_t bytes) noexcept {
+  const CurrentContext current(*context_);
+  context_->report(driver_.mem_unmap(address, bytes), "unmapping device memory (cuMemUnmap)", bytes);
+}
+
+void CudaMemory::do_protect(Address address, std::size_t bytes, Access access) {
+  const CurrentContext current(*context_);
+  set_access(address, bytes,
+             access == Access::none        ? CU_MEM_ACCESS_FLAGS_PROT_NONE
+             : access == Access::read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ
+                                           : CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+}
+
+void CudaMemory::set_access(Address address, std::size_t bytes, CUmemAccess_flags access) {
+  CUmemAccessDesc description{};
+  description.location = properties_.location;
+  description.flags = access;
+  context_->check(driver_.mem_set_access(address, bytes, &description, 1),
+                  "setting the access to device memory (cuMemSetAccess)", bytes);
+}
+
+Address CudaMemory::do_map_file(int, std::size_t bytes) {
+  throw DriverError("mapping " + std::to_string(bytes) + " bytes of a file on " + context_->name() +
+                    " failed: files are mapped on the host only. Map it with the pool of 'cpu' and copy.");
+}
+
+void CudaMemory::do_unmap_file(Address, std::size_t) noexcept {}
+
+void CudaMemory::do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) {
+  const CurrentContext current(*context_);
+  constexpr const char* attempt = "filling device memory (cuMemsetD8Async)";
+  if (stream == no_stream) {
+    return finish_private(driver_.memset_async(address, value, bytes, private_stream_), attempt, bytes);
+  }
+  context_->check(driver_.memset_async(address, value, bytes, reinterpret_cast<CUstream>(stream)), attempt, bytes);
+}
+
+void CudaMemory::do_read(void* target, Address source, std::size_t bytes) {
+  const CurrentContext current(*context_);
+  finish_private(driver_.memcpy_dtoh_async(target, source, bytes, private_stream_),
+                 "copying device memory to the host (cuMemcpyDtoHAsync)", bytes);
+}
+
+void CudaMemory::finish_private(CUresult queued, const char* attempt, std::size_t bytes) {
+  context_->check(queued, attempt, bytes);
+  const RelaxedCapture relaxed(driver_);
+  context_->check(driver_.stream_synchronize(private_stream_), attempt, bytes);
+}
+
+int CudaMemory::do_export(ChunkHandle handle) {
+  if (!exportable_) {
+    throw DriverError("exporting " + std::to_string(handle.bytes) + " bytes on " + context_->name() +
+                      " failed: this pool's memory was not made exportable. Ask for that where the pool is made.");
+  }
+  const CurrentContext current(*context_);
+  int descriptor = -1;
+  context_->check(driver_.mem_export(&descriptor, handle.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                  "exporting device memory (cuMemExportToShareableHandle)", handle.bytes);
+  return descriptor;
+}
+
+}  // namespace glake

@@ -1,0 +1,161 @@
+#include "cuda_streams.hpp"
+
+#include "virtual_memory.hpp"
+
+namespace glake {
+namespace {
+
+CUstream to_stream(StreamHandle stream) noexcept { return reinterpret_cast<CUstream>(stream); }
+CUevent to_event(EventHandle event) noexcept { return reinterpret_cast<CUevent>(event.value); }
+
+// The default streams are those of the current context; every other handle knows its own.
+bool is_default(StreamHandle stream) noexcept { return stream <= reinterpret_cast<StreamHandle>(CU_STREAM_PER_THREAD); }
+
+// Makes the context current only where the stream is a default one.
+class ContextFor {
+ public:
+  ContextFor(const CudaContext& context, StreamHandle stream) noexcept {
+    if (is_default(stream)) current_.emplace(context);
+  }
+
+ private:
+  std::optional<CurrentContext> current_;
+};
+
+// Lives in a graph; the driver deletes it when that graph, its clones and its executables are gone.
+struct GraphWatch {
+  std::shared_ptr<std::atomic<bool>> dead;
+};
+
+void CUDA_CB graph_is_gone(void* pointer) {
+  const std::unique_ptr<GraphWatch> watch(static_cast<GraphWatch*>(pointer));
+  if (watch->dead) watch->dead->store(true, std::memory_order_release);
+}
+
+}  // namespace
+
+std::optional<StreamState> CudaStreams::state(StreamHandle stream) noexcept {
+  if (stream == no_stream) return std::nullopt;
+  const CudaDriver& driver = context_->driver;
+  const ContextFor current(*context_, stream);
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  cuuint64_t capture = 0;
+  CUresult result = driver.stream_capture_info(to_stream(stream), &status, &capture, nullptr, nullptr, nullptr);
+  const bool implicit = result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (result != CUDA_SUCCESS && !implicit) return std::nullopt;
+  try {
+    if (implicit) return StreamState{id_in_capture(implicit_capture, 0), implicit_capture};
+    if (status != CU_STREAM_CAPTURE_STATUS_NONE) return StreamState{id_in_capture(capture, stream), capture};
+  } catch (...) {  // out of memory for the map's node
+    return std::nullopt;
+  }
+  unsigned long long id = 0;
+  result = driver.stream_get_id(to_stream(stream), &id);
+  if (result != CUDA_SUCCESS) return std::nullopt;
+  return StreamState{id + 1, 0};  // never 0
+}
+
+std::uint64_t CudaStreams::id_in_capture(std::uint64_t capture, StreamHandle stream) {
+  // Two threads' default streams have one handle.
+  static thread_local const char mark = 0;
+  if (stream == reinterpret_cast<StreamHandle>(CU_STREAM_PER_THREAD)) stream = reinterpret_cast<StreamHandle>(&mark);
+  const auto [found, inserted] = captured_.try_emplace({capture, stream}, 0);
+  if (inserted) {
+    found->second = (std::uint64_t{1} << 63) | ++made_ids_;  // the driver counts from 1 up
+    // The numbers of captures grow: the first entries are of the oldest, which are over.
+    if (constexpr std::size_t most = 1024; captured_.size() > most && captured_.begin() != found) {
+      captured_.erase(captured_.begin());
+    }
+    return (std::uint64_t{1} << 63) | made_ids_;
+  }
+  return found->second;
+}
+
+EventHandle CudaStreams::create_event() {
+  const CurrentContext current(*context_);
+  CUevent event = nullptr;
+  context_->check(context_->driver.event_create(&event, CU_EVENT_DISABLE_TIMING), "making an event (cuEventCreate)");
+  return {reinterpret_cast<std::uintptr_t>(event)};
+}
+
+void CudaStreams::destroy_event(EventHandle event) noexcept {
+  if (event.value == 0 || process_.is_child()) return;
+  context_->report(context_->driver.event_destroy(to_event(event)), "destroying an event (cuEventDestroy)", 0);
+}
+
+void CudaStreams::record(EventHandle event, StreamHandle stream) {
+  const ContextFor current(*context_, stream);
+  context_->check(context_->driver.event_record(to_event(event), to_stream(stream)),
+                  "recording an event on a stream (cuEventRecord)");
+}
+
+void CudaStreams::record_all(EventHandle event) {
+  const CudaDriver& driver = context_->driver;
+  if (driver.ctx_record_event != nullptr) {
+    return context_->check(driver.ctx_record_event(context_->handle(), to_event(event)),
+                           "recording an event on all streams (cuCtxRecordEvent)");
+  }
+  // A driver before CUDA 12.5: wait for what the event would stand for. After that an event that is recorded
+  // anywhere is reached as soon as it is recorded; the thread's own default stream waits for no other.
+  const CurrentContext current(*context_);
+  context_->check(driver.ctx_synchronize(), "waiting for the device (cuCtxSynchronize)");
+  context_->check(driver.event_record(to_event(event), CU_STREAM_PER_THREAD), "recording an event (cuEventRecord)");
+}
+
+void CudaStreams::wait(StreamHandle stream, EventHandle event) {
+  const ContextFor current(*context_, stream);
+  context_->check(context_->driver.stream_wait_event(to_stream(stream), to_event(event), 0),
+                  "letting a stream wait for an event (cuStreamWaitEvent)");
+}
+
+bool CudaStreams::finished(EventHandle event) {
+  const RelaxedCapture relaxed(context_->driver);
+  const CUresult result = context_->driver.event_query(to_event(event));
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  context_->check(result, "asking for an event (cuEventQuery)");
+  return true;
+}
+
+void CudaStreams::synchronize(EventHandle event) {
+  const RelaxedCapture relaxed(context_->driver);
+  context_->check(context_->driver.event_synchronize(to_event(event)), "waiting for an event (cuEventSynchronize)");
+}
+
+void CudaStreams::watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) {
+  const CudaDriver& driver = context_->driver;
+  const ContextFor current(*context_, stream);
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  cuuint64_t capture = 0;
+  CUgraph graph = nullptr;
+  context_->check(driver.stream_capture_info(to_stream(stream), &status, &capture, &graph, nullptr, nullptr),
+                  "asking a capturing stream for its graph (cuStreamGetCaptureInfo)");
+  if (status != CU_STREAM_CAPTURE_STATUS_ACTIVE || graph == nullptr) {
+    throw DriverError("asking a stream on " + context_->name() +
+                      " for the graph that it captures failed: it is not capturing, or its capture broke.");
+  }
+  auto watch = std::make_unique<GraphWatch>(GraphWatch{std::move(dead)});
+  CUuserObject object = nullptr;
+  context_->check(driver.user_object_create(&object, watch.get(), graph_is_gone, 1, CU_USER_OBJECT_NO_DESTRUCTOR_SYNC),
+                  "making a user object for a graph (cuUserObjectCreate)");
+  GraphWatch* const held = watch.release();  // by the object
+  if (const CUresult result = driver.graph_retain_user_object(graph, object, 1, CU_GRAPH_USER_OBJECT_MOVE);
+      result != CUDA_SUCCESS) {
+    held->dead.reset();  // nothing died
+    driver.user_object_release(object, 1);
+    context_->check(result, "giving a user object to a graph (cuGraphRetainUserObject)");
+  }
+}
+
+bool CudaStreams::synchronize_all() {
+  const CudaDriver& driver = context_->driver;
+  const CurrentContext current(*context_);
+  // Seen without harm: captures on blocking streams. (See the header on the others.)
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  if (driver.stream_is_capturing(nullptr, &status) == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return false;
+  const CUresult result = driver.ctx_synchronize();
+  if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) return false;
+  context_->check(result, "waiting for the device (cuCtxSynchronize)");
+  return true;
+}
+
+}  // namespace glake
