@@ -1,5 +1,6 @@
 #include "native_debug.hpp"
 
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
 #include <atomic>
@@ -11,6 +12,7 @@
 #include "host_memory.hpp"
 #include "pool.hpp"
 #include "python_stack.hpp"
+#include "simulated_streams.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -144,11 +146,12 @@ using glake::Address;
 using glake::DebugHeap;
 using glake::Tag;
 
-// A debug heap over host memory of its own, with the lock that the pool has. For tests.
-class HostDebugHeap {
+// A debug heap over memory of its own, with the lock that the pool has. For tests.
+class OwnDebugHeap {
  public:
-  HostDebugHeap(std::size_t limit, const std::string& mode, bool wipe, std::size_t quarantine)
-      : memory_(std::make_unique<glake::HostMemory>()), heap_(*memory_, options(limit, mode, wipe, quarantine)) {}
+  OwnDebugHeap(std::size_t limit, const std::string& mode, bool wipe, std::size_t quarantine,
+               std::shared_ptr<glake::SimulatedStreams> device)
+      : memory_(make_memory(std::move(device))), heap_(*memory_, options(limit, mode, wipe, quarantine)) {}
 
   Address allocate(std::size_t bytes, const std::string& tag_text, std::int64_t stream, std::uint32_t label) {
     const Tag tag = tag_text == "weights" ? Tag::weights : Tag::activations;
@@ -172,6 +175,10 @@ class HostDebugHeap {
   }
 
  private:
+  static std::unique_ptr<glake::VirtualMemory> make_memory(std::shared_ptr<glake::SimulatedStreams> device) {
+    if (device == nullptr) return std::make_unique<glake::HostMemory>();
+    return glake::make_simulated_device(std::move(device));
+  }
   static glake::DebugOptions options(std::size_t limit, const std::string& mode, bool wipe, std::size_t quarantine) {
     if (mode != "on" && mode != "guard") {
       throw nb::value_error(("unknown mode '" + mode + "': expected 'on' or 'guard'").c_str());
@@ -185,13 +192,13 @@ class HostDebugHeap {
   }
 
   std::mutex mutex_;
-  std::unique_ptr<glake::HostMemory> memory_;
+  std::unique_ptr<glake::VirtualMemory> memory_;
   DebugHeap heap_;
 };
 
 // Runs an action on the heap without the GIL.
 template <typename Action>
-auto unlocked(HostDebugHeap& self, Action action) {
+auto unlocked(OwnDebugHeap& self, Action action) {
   const nb::gil_scoped_release released;
   return self.locked(action);
 }
@@ -207,9 +214,9 @@ void translate(const std::exception_ptr& pointer, void*) {
   }
 }
 
-nb::dict stats(HostDebugHeap& self) {
+nb::dict stats(OwnDebugHeap& self) {
   nb::dict fields;
-  self.locked([&](DebugHeap& heap, glake::HostMemory& memory) {
+  self.locked([&](DebugHeap& heap, glake::VirtualMemory& memory) {
     fields["reserved"] = heap.reserved();
     fields["active"] = heap.active();
     fields["requested"] = heap.requested();
@@ -236,49 +243,50 @@ void bind_debug(nb::module_& module) {
   nb::register_exception_translator(translate);
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
-  nb::class_<HostDebugHeap>(module, "DebugHeap", "For tests: a debug heap over host memory of its own.")
-      .def(nb::init<std::size_t, const std::string&, bool, std::size_t>(), "limit"_a, "mode"_a = "on", "wipe"_a = false,
-           "quarantine"_a = 1024)
-      .def("allocate", &HostDebugHeap::allocate, "size"_a, "tag"_a = "activations", "stream"_a = -1, "label"_a = 0,
+  nb::class_<OwnDebugHeap>(module, "DebugHeap",
+                           "For tests: a debug heap over memory of its own: the host's, or a simulated device's.")
+      .def(nb::init<std::size_t, const std::string&, bool, std::size_t, std::shared_ptr<glake::SimulatedStreams>>(),
+           "limit"_a, "mode"_a = "on", "wipe"_a = false, "quarantine"_a = 1024, "device"_a = nb::none())
+      .def("allocate", &OwnDebugHeap::allocate, "size"_a, "tag"_a = "activations", "stream"_a = -1, "label"_a = 0,
            "0 where the limit has no room.", Unlocked())
-      .def("deallocate", &HostDebugHeap::deallocate, "address"_a, Unlocked())
+      .def("deallocate", &OwnDebugHeap::deallocate, "address"_a, Unlocked())
       .def(
           "check",
-          [](HostDebugHeap& self) {
+          [](OwnDebugHeap& self) {
             return glake::to_python(unlocked(self, [](DebugHeap& heap, auto&) { return heap.check(); }));
           },
           nb::sig("def check(self) -> list[dict[str, Any]]"))
       .def(
           "live",
-          [](HostDebugHeap& self) {
+          [](OwnDebugHeap& self) {
             return glake::to_python(unlocked(self, [](DebugHeap& heap, auto&) { return heap.live(); }));
           },
           nb::sig("def live(self) -> list[dict[str, Any]]"))
       .def(
           "trim",
-          [](HostDebugHeap& self, std::size_t target) {
+          [](OwnDebugHeap& self, std::size_t target) {
             return unlocked(self, [=](DebugHeap& heap, auto&) { return heap.trim(target); });
           },
           "target"_a = 0)
       .def(
           "set_limit",
-          [](HostDebugHeap& self, std::size_t limit) {
+          [](OwnDebugHeap& self, std::size_t limit) {
             return unlocked(self, [=](DebugHeap& heap, auto&) { return heap.set_limit(limit); });
           },
           "limit"_a, "False, with the old limit in force, where more is active.")
       .def(
           "needed_limit",
-          [](HostDebugHeap& self, std::size_t bytes) {
+          [](OwnDebugHeap& self, std::size_t bytes) {
             return unlocked(self, [=](DebugHeap& heap, auto&) { return heap.needed_limit(bytes, Tag::activations); });
           },
           "size"_a)
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"))
       .def("check_invariants",
-           [](HostDebugHeap& self) { unlocked(self, [](DebugHeap& heap, auto&) { heap.check_invariants(); }); })
+           [](OwnDebugHeap& self) { unlocked(self, [](DebugHeap& heap, auto&) { heap.check_invariants(); }); })
       .def(
           "inject_failure",
-          [](HostDebugHeap& self, std::int64_t n, std::int64_t times) {
-            unlocked(self, [=](DebugHeap&, glake::HostMemory& memory) { memory.inject_failure(n, times); });
+          [](OwnDebugHeap& self, std::int64_t n, std::int64_t times) {
+            unlocked(self, [=](DebugHeap&, glake::VirtualMemory& memory) { memory.inject_failure(n, times); });
           },
           "n"_a, "times"_a = 1);
 

@@ -406,6 +406,89 @@ class TestAccounting:
         assert heap.stats()["reserved"] == 0
 
 
+class TestStreams:
+    """On a device whose work is queued."""
+
+    @pytest.fixture
+    def device(self):
+        return _native.SimulatedDevice()
+
+    @pytest.fixture
+    def queued(self, device):
+        heap = _native.DebugHeap(64 * MiB, device=device)
+        yield heap
+        heap.check_invariants()
+        assert device.misuses == device.mismatches == 0
+
+    @pytest.mark.parametrize("size", [100, MiB])
+    def test_a_free_waits_for_the_work_that_uses_the_memory(self, device, queued, size):
+        stream = device.new_stream()
+        address = queued.allocate(size, stream=stream)
+        device.enqueue_fill(stream, address, size, 7, delay_us=50_000)
+        device.enqueue_check(stream, address, size, 7)
+        queued.deallocate(address)  # the device would die of memory that was unmapped too early
+        device.synchronize_stream(stream)
+        assert queued.check() == []
+
+    def test_an_overrun_of_queued_work_is_found(self, device, queued):
+        stream = device.new_stream()
+        address = queued.allocate(100, stream=stream)
+        device.enqueue_fill(stream, address, 101, 7, delay_us=50_000)
+        with pytest.raises(MemoryCorruptionError, match="1 byte was overwritten, at the end of"):
+            queued.deallocate(address)
+
+    @pytest.mark.parametrize("size", [100, MiB])
+    @pytest.mark.parametrize("with_stream", [True, False])
+    def test_what_is_freed_in_a_capture_stays_until_the_graph_is_gone(self, device, queued, size, with_stream):
+        stream = device.new_stream()
+        seen = queued.allocate(10, stream=stream)
+        device.begin_capture(stream)
+        address = queued.allocate(size, stream=stream if with_stream else -1)
+        device.enqueue_fill(stream, address, size, 7, delay_us=0)
+        device.enqueue_check(stream, address, size, 7)
+        queued.deallocate(address)
+        assert queued.stats()["pending"] == 1
+        assert queued.stats()["requested"] == 10
+        with pytest.raises(InvalidPointerError, match="double free"):
+            queued.deallocate(address)
+        graph = device.end_capture(stream)
+        assert graph
+        for _ in range(3):
+            device.launch_graph(graph, stream)
+            queued.deallocate(queued.allocate(size, stream=stream))
+        assert queued.stats()["pending"] == 1
+        device.destroy_graph(graph)
+        assert queued.check() == []
+        assert queued.stats()["pending"] == 0
+        queued.deallocate(seen)
+        queued.trim()
+        assert queued.stats()["reserved"] == 0
+
+    def test_what_another_stream_freed_in_a_capture_stays_until_its_end(self, device, queued):
+        capturing, other = device.new_stream(), device.new_stream()
+        address = queued.allocate(MiB, stream=other)
+        queued.deallocate(queued.allocate(10, stream=capturing))
+        device.begin_capture(capturing)
+        device.enqueue_fill(other, address, MiB, 7, delay_us=20_000)
+        queued.deallocate(address)
+        assert queued.stats()["pending"] == 1
+        assert device.end_capture(capturing)
+        queued.deallocate(queued.allocate(10))
+        assert queued.stats()["pending"] == 0
+
+    def test_damage_to_what_was_freed_in_a_capture_is_found_later(self, device, queued, capfd):
+        stream = device.new_stream()
+        address = queued.allocate(100, stream=stream)
+        device.begin_capture(stream)
+        queued.deallocate(address)
+        graph = device.end_capture(stream)
+        device.enqueue_fill(stream, address + 100, 2, 7, delay_us=0)
+        device.destroy_graph(graph)
+        (found,) = corruptions(queued.check())
+        assert (found.kind, found.overwritten, found.found_at) == ("overrun", 2, "when it was freed")
+        assert "overrun" in capfd.readouterr().err
+
+
 class TestLeaks:
     def test_each_live_allocation_is_listed_with_its_stack(self, heap):
         def loads_the_model():
