@@ -306,6 +306,16 @@ class TestAccounting:
         assert heap.trim() == GRANULE
         assert physical.bytes() == 0
 
+    def test_wiped_memory_is_written_before_it_goes(self):
+        calls = []
+        for wipe in (False, True):
+            heap = _native.DebugHeap(256 * MiB, wipe=wipe)
+            address = heap.allocate(MiB)
+            before = heap.stats()["driver_calls"]
+            heap.deallocate(address)
+            calls.append(heap.stats()["driver_calls"] - before)
+        assert calls[1] == calls[0] + 1  # the fill; the memory itself is gone
+
     def test_figures(self, heap):
         large, small = heap.allocate(100_000, "weights"), heap.allocate(10)
         stats = heap.stats()
@@ -439,7 +449,9 @@ class TestStreams:
 
     @pytest.mark.parametrize("size", [100, MiB])
     @pytest.mark.parametrize("with_stream", [True, False])
-    def test_what_is_freed_in_a_capture_stays_until_the_graph_is_gone(self, device, queued, size, with_stream):
+    def test_what_is_freed_in_a_capture_stays_until_the_graph_is_gone(
+        self, device, queued, size, with_stream
+    ):
         stream = device.new_stream()
         seen = queued.allocate(10, stream=stream)
         device.begin_capture(stream)
@@ -604,3 +616,166 @@ class TestStacks:
         )
         assert done.stdout == "[no Python frames: no interpreter runs]\n", done.stderr
         assert done.returncode == 0
+
+
+def runs(code: str) -> str:
+    """Run code in a process of its own, which has its own pool; returns what it printed."""
+    start = """
+        import ctypes
+        from glake_infer import Pool
+        from glake_infer.allocators import errors
+        """
+    program = textwrap.dedent(start) + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class TestPool:
+    """Pool(debug=...)."""
+
+    @pytest.mark.parametrize("debug", [True, "guard"])
+    def test_leaks_check_and_close(self, debug):
+        printed = runs(f"""
+            pool = Pool("cpu", "1GiB", debug={debug!r})
+            def loads():
+                return pool.allocate(100_000, tag="weights")
+            with pool.label("bert"):
+                address = loads()
+            (leak,) = pool.leaks()
+            assert (leak.address, leak.bytes, leak.tag, leak.label) == (address, 100_000, "weights", "bert")
+            assert leak.stack.splitlines()[0].endswith("in loads"), leak.stack
+            assert not pool.check()
+            pool.check_invariants()
+            stats = pool.stats()
+            assert stats.requested == 100_000 and stats.reserved >= stats.active >= 100_000
+            try:
+                pool.close()
+            except errors.PoolInUseError as error:
+                print(error)
+            pool.deallocate(address)
+            assert not pool.leaks()
+            try:
+                pool.deallocate(address)
+            except errors.InvalidPointerError as error:
+                print(error)
+            pool.close()
+            """)
+        assert "100000 bytes" in printed
+        assert printed.count("in loads") == 2
+        assert "double free" in printed
+
+    def test_overwritten_memory(self):
+        printed = runs("""
+            pool = Pool("cpu", "1GiB", debug=True)
+            address = pool.allocate(100)
+            ctypes.memset(address, 0, 101)
+            print(pool.check())
+            try:
+                pool.deallocate(address)
+            except errors.MemoryCorruptionError as error:
+                print(error)
+            assert pool.stats().requested == 0
+            """)
+        assert printed.count("overrun: 1 byte was overwritten, at the end of the block of 100 bytes") == 2
+
+    def test_the_limit_holds(self):
+        runs("""
+            pool = Pool("cpu", "1MiB", debug=True)
+            address = pool.allocate("1MiB")
+            try:
+                pool.allocate(1)
+                raise SystemExit("no error")
+            except errors.OutOfMemoryError as error:
+                assert error.active == error.limit == 1 << 20
+                assert error.needed_limit > 1 << 20
+            assert len(pool.leaks()) == 1
+            pool.deallocate(address)
+            """)
+
+    def test_a_session(self):
+        printed = runs("""
+            import numpy as np, onnxruntime
+            from onnx import TensorProto, helper, numpy_helper
+            weight = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+            graph = helper.make_graph(
+                [helper.make_node("MatMul", ["x", "w"], ["t"]), helper.make_node("Relu", ["t"], ["y"])], "g",
+                [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])],
+                [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 64])],
+                [numpy_helper.from_array(weight, "w")],
+            )
+            opset = [helper.make_opsetid("", 17)]
+            model = helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+            feeds = {"x": np.random.default_rng(0).standard_normal((7, 64), np.float32)}
+            pool = Pool("cpu", "1GiB", debug=True)
+            options = onnxruntime.SessionOptions()
+            pool.attach(options)
+            def makes_the_session():
+                return onnxruntime.InferenceSession(model, options, providers=pool.providers)
+            session = makes_the_session()
+            plain = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+            for _ in range(5):
+                assert np.array_equal(session.run(None, feeds)[0], plain.run(None, feeds)[0])
+            assert any("makes_the_session" in leak.stack for leak in pool.leaks())
+            assert not pool.check()
+            print("same")
+            """)
+        assert printed == "same\n"
+
+
+class TestWipe:
+    """Pool(wipe=True): freed memory holds zeros before anybody gets it again."""
+
+    @pytest.mark.parametrize("size", [100, 5000, 100_000, 1 << 20, 5 << 20])
+    def test_the_next_tenant_sees_zeros(self, size):
+        runs(f"""
+            pool = Pool("cpu", "1GiB", wipe=True)
+            held = [pool.allocate({size}) for _ in range(8)]
+            for address in held:
+                ctypes.memset(address, 0x5A, {size})
+            for address in held:
+                pool.deallocate(address)
+            again = [pool.allocate({size}) for _ in range(8)]
+            assert set(again) & set(held), "nothing was used again: this test shows nothing"
+            for address in again:
+                assert ctypes.string_at(address, {size}) == bytes({size})
+                pool.deallocate(address)
+            pool.check_invariants()
+            """)
+
+    def test_freed_memory_is_wiped_at_once_and_its_neighbours_are_not(self):
+        runs("""
+            pool = Pool("cpu", "1GiB", wipe=True)
+            held = [pool.allocate(1000) for _ in range(3)]
+            for address in held:
+                ctypes.memset(address, 0x5A, 1000)
+            pool.deallocate(held[1])
+            assert ctypes.string_at(held[1], 1000) == bytes(1000)  # its slab is still mapped
+            for address in (held[0], held[2]):
+                assert ctypes.string_at(address, 1000) == b"\\x5a" * 1000
+            """)
+
+    def test_without_it_freed_memory_keeps_its_bytes(self):
+        """Else the tests above could not fail."""
+        runs("""
+            pool = Pool("cpu", "1GiB")
+            held = [pool.allocate(1000) for _ in range(3)]
+            ctypes.memset(held[1], 0x5A, 1000)
+            pool.deallocate(held[1])
+            assert ctypes.string_at(held[1], 1000).count(0x5A) > 900
+            """)
+
+    def test_with_debug(self):
+        runs("""
+            pool = Pool("cpu", "1GiB", debug=True, wipe=True)
+            for size in (100, 100_000):
+                address = pool.allocate(size)
+                ctypes.memset(address, 0x5A, size)
+                pool.deallocate(address)
+                again = pool.allocate(size)
+                assert 0x5A not in ctypes.string_at(again, size)
+                pool.deallocate(again)
+            assert not pool.check()
+            """)
