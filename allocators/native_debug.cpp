@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string_view>
+#include <thread>
 
 #include "host_memory.hpp"
 #include "pool.hpp"
@@ -21,6 +22,12 @@ namespace glake {
 namespace {
 
 std::atomic<StackCapture> stack_capture{nullptr};
+std::atomic<int> captures{0};  // going on now
+
+struct CountCapture {
+  CountCapture() noexcept { captures.fetch_add(1); }
+  ~CountCapture() { captures.fetch_sub(1); }
+};
 
 constexpr int most_frames = 24;
 
@@ -100,12 +107,25 @@ nb::dict to_dict(const AllocationRecord& record, LabelName label_name) {
 
 std::string capture_python_stack() noexcept {
   try {
+    const CountCapture counted;  // before it asks: end_captures() waits for those that saw it set
     const StackCapture capture_now = stack_capture.load();
     return capture_now != nullptr ? capture_now() : "[no Python frames: no interpreter runs]";
   } catch (...) {
     return {};
   }
 }
+
+namespace {
+
+// A thread that waits for the GIL when the interpreter goes is ended by it, in the midst of our code: so none may be
+// waiting then. The GIL is held.
+void end_captures() {
+  set_stack_capture(nullptr);
+  const nb::gil_scoped_release released;
+  while (captures.load() != 0) std::this_thread::yield();
+}
+
+}  // namespace
 
 void set_stack_capture(StackCapture capture_now) noexcept { stack_capture.store(capture_now); }
 
@@ -299,5 +319,5 @@ void bind_debug(nb::module_& module) {
 
   // Until the interpreter begins to exit: threads that want the GIL after that never get it.
   glake::set_stack_capture(glake::capture);
-  nb::module_::import_("atexit").attr("register")(nb::cpp_function([] { glake::set_stack_capture(nullptr); }));
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(&glake::end_captures));
 }
