@@ -7,6 +7,7 @@ GlakeError                      anything below
 |- PoolInUseError               memory is still handed out
 |- PoolClosedError              the handle was closed
 |- InvalidPointerError          an address that is not in use: freed twice, or never handed out
+|- MemoryCorruptionError        memory of a pool in debug mode was overwritten
 |- DeviceNotFoundError          no such device here
 |- MissingDependencyError       a package has to be installed (is also an ImportError)
 |- ForkedProcessError           the pool belongs to the parent process
@@ -36,6 +37,7 @@ __all__ = [
     "GlakeError",
     "InputError",
     "InvalidPointerError",
+    "MemoryCorruptionError",
     "MissingDependencyError",
     "ModelError",
     "OutOfMemoryError",
@@ -163,6 +165,21 @@ class PoolClosedError(GlakeError):
 
 class InvalidPointerError(GlakeError):
     """An address that is not in use: freed twice, or never handed out. The memory was left alone."""
+
+
+class MemoryCorruptionError(GlakeError):
+    """Bytes around an allocation were overwritten (`Pool(debug=True)`). The allocation was taken back.
+
+    `corruptions` holds what was found (`glake_infer.allocators.debugging.Corruption`).
+    """
+
+    def __init__(self, message: str, corruptions: tuple[object, ...] = ()) -> None:
+        self.corruptions = corruptions
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Support pickling."""
+        return type(self), (str(self), self.corruptions)
 
 
 class DeviceNotFoundError(GlakeError):

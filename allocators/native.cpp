@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "host_memory.hpp"
+#include "native_debug.hpp"
 #include "native_devices.hpp"
 #include "ort_attach.hpp"
 #include "native_errors.hpp"
@@ -65,6 +66,7 @@ NB_MODULE(_native, module) {
   nb::register_exception_translator(translate);
   bind_devices(module);
   nb::register_exception_translator(glake::python::translate);
+  bind_debug(module);
 
   nb::class_<Pool>(module, "Pool", "A pool of host memory of its own. The pool of a device is device_pool().")
       .def(
