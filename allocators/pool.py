@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -240,6 +240,11 @@ class Pool:
         Raises `InvalidPointerError`, with nothing changed, for any other address.
         """
         self._open().unmap_file(address)
+
+    @contextlib.contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """Every allocation of this thread inside the `with` block carries `name`."""
+        yield
 
     def failures(self, since: int = 0) -> list[OutOfMemoryError | DriverError]:
         """Return why requests of ONNX Runtime's failed: the last 32 above `since`, oldest first."""
