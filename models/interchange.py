@@ -95,10 +95,11 @@ class _View:
 
 
 def is_foreign(given: Any) -> bool:
-    """Whether `borrow` can read it: an array that is not numpy's own."""
-    return not isinstance(given, (np.ndarray, np.generic, type)) and (
-        (hasattr(given, "__dlpack__") and hasattr(given, "__dlpack_device__"))
-        or hasattr(given, "__cuda_array_interface__")
+    """Whether `borrow` can read it: an array that is neither numpy's nor ONNX Runtime's own."""
+    if isinstance(given, (np.ndarray, np.generic, type)) or type(given).__name__ == "OrtValue":
+        return False
+    return (hasattr(given, "__dlpack__") and hasattr(given, "__dlpack_device__")) or hasattr(
+        given, "__cuda_array_interface__"
     )
 
 

@@ -218,6 +218,12 @@ def test_feeds_that_cannot_be_taken_are_named(adder, monkeypatch):
     assert elsewhere.streams == [1]  # the legacy default stream was named to the producer
     with pytest.raises(gi.InputError, match="expected 'host' or 'device'"):
         adder.run({"x": x}, to="gpu")
+    for wrong in (
+        x.astype(np.float64),
+        np.ones((2, 4), np.float32),
+    ):  # an OrtValue is ONNX Runtime's to check
+        with pytest.raises(gi.InputError, match="refused while running m"):
+            adder.run({"x": ort.OrtValue.ortvalue_from_numpy(wrong)}, to="device")
     masked = type(
         "Masked", (), {"__cuda_array_interface__": {"mask": x, "shape": (2, 3), "typestr": "<f4"}}
     )()
@@ -330,7 +336,7 @@ def test_a_failed_run_with_bound_arrays_leaves_nothing(load, pool):
         {"y": ("float", ["n", "n"])},
     )
     active = pool.stats().active
-    with pytest.raises(gi.ModelError, match="while running m: .*MatMul"):
+    with pytest.raises(gi.ModelError, match=r"while running m: .*MatMul"):
         model.run({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}, to="device")
     assert pool.stats().active == active
     big = np.ones((20_000, 1), np.float32)
