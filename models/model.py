@@ -92,6 +92,7 @@ class Model:
         self.sharing = sharing
         self.notes: tuple[str, ...] = ()
         self.name = package.name
+        self._label = self.name or "model"  # a package may be called just ".glake"
         self._number = next(_numbers)
         self._maps = maps_weights(pool)
         self._residency = Residency.of(pool)
@@ -174,7 +175,7 @@ class Model:
         checked = check_feeds(self._inputs, self._optional, feeds, self.pool.device)
         self._begin()
         try:
-            with self.pool.label(self.name), session_errors(self.pool, "running", self.name):
+            with self.pool.label(self._label), session_errors(self.pool, "running", self.name):
                 if (
                     to == "device"
                     or (self._foreign and not self._maps)
@@ -366,7 +367,7 @@ def load(
                 made = options()
                 if configure:
                     configure(made)
-                with place.label(model.name):
+                with place.label(model._label):
                     _build_session(model, prepared, made, providers)
             except AlteredObjectError as error:
                 if attempt < 2 and forget(package, error.digest):
