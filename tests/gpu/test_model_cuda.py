@@ -7,7 +7,6 @@ import threading
 import numpy as np
 import onnxruntime as ort
 import pytest
-
 from onnx import TensorProto, helper, numpy_helper, save
 
 import glake_infer as gi
