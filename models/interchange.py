@@ -108,7 +108,7 @@ def borrow(given: Any, what: str) -> Borrowed:
 
     A producer on CUDA is asked to order the work that makes the data before the legacy default stream
     (`__dlpack__(stream=1)`), or says itself on which stream it is made; the result's `stream` says which one to wait
-    for. Raises InputError: the producer refuses, or hands out what no tensor here can be.
+    for. Memory on the host, pinned or not, must be complete. Raises InputError: the producer refuses, or hands out what no tensor here can be.
     """
     if hasattr(given, "__dlpack__") and hasattr(given, "__dlpack_device__"):
         return _from_dlpack(given, what)
@@ -135,8 +135,6 @@ def _from_dlpack(given: Any, what: str) -> Borrowed:
             f"{what} cannot be read: {type(given).__module__}.{type(given).__name__} refuses to hand it out "
             f"through DLPack ({error})."
         ) from error
-    if kind == DLPACK_CUDA_HOST:
-        cuda.synchronize(index, cuda.LEGACY_STREAM)  # a copy to pinned memory may be on its way
     tensor = DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     dtype = _KINDS.get((tensor.code, tensor.bits)) if tensor.lanes == 1 else None
     if dtype is None:

@@ -149,7 +149,7 @@ class Model:
             `__cuda_array_interface__` (PyTorch, CuPy, JAX, DeviceArray). Those on the pool's GPU are read in place
             and must be contiguous; those on the host are copied to the GPU. The run waits, on the host, for the
             work that makes them: what the producer orders before the legacy default stream through DLPack, or the
-            stream that its `__cuda_array_interface__` names.
+            stream that its `__cuda_array_interface__` names. What lies on the host must be complete.
         to
             "host": numpy arrays that are yours: they hold none of the pool's memory and outlive the model.
             "device": `DeviceArray`s in the pool's memory, without a copy, complete when `run` returns.
