@@ -108,7 +108,8 @@ def borrow(given: Any, what: str) -> Borrowed:
 
     A producer on CUDA is asked to order the work that makes the data before the legacy default stream
     (`__dlpack__(stream=1)`), or says itself on which stream it is made; the result's `stream` says which one to wait
-    for. Memory on the host, pinned or not, must be complete. Raises InputError: the producer refuses, or hands out what no tensor here can be.
+    for. Memory on the host, pinned or not, must be complete. Raises InputError: the producer refuses, or hands out
+    what no tensor here can be.
     """
     if hasattr(given, "__dlpack__") and hasattr(given, "__dlpack_device__"):
         return _from_dlpack(given, what)
