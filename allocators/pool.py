@@ -346,6 +346,11 @@ class Pool:
         """
         self._open().unmap_file(address)
 
+    @contextlib.contextmanager
+    def label(self, name: str) -> Iterator[None]:
+        """Every allocation of this thread inside the `with` block carries `name`."""
+        yield
+
     def failures(self, since: int = 0) -> list[OutOfMemoryError | DriverError]:
         """Return why requests of ONNX Runtime's on this device failed: the last 32 above `since`, oldest first."""
         self._open()

@@ -50,13 +50,17 @@ def run(
     threads: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at once, over all models.")] = 1,
     sharing: Annotated[
         Sharing,
-        typer.Option(help="fast: weights as ONNX Runtime computes with them; lean: as they are stored."),
+        typer.Option(
+            help="fast: weights as ONNX Runtime computes with them; lean: as they are stored. The same on a GPU."
+        ),
     ] = Sharing.FAST,
     limit: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Most that the pool may hold, as 4GiB.", show_default=False),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to run.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda (the first GPU), cuda:1.")
+    ] = "cpu",
     intra_op: Annotated[
         int | None,
         typer.Option(
@@ -114,7 +118,7 @@ def show(report: RunReport) -> None:
             output.size(model.memory.shared),
             output.size(model.memory.own + model.memory.private),
         )
-    parts: list[Any] = [latency, _outputs(report.models), _memory(report.memory)]
+    parts: list[Any] = [latency, _outputs(report.models), _memory(report.memory, report.device)]
     notes = [f"{model.name}: {note}" for model in report.models for note in model.notes]
     if notes:
         parts.append(output.bullets("Notes", notes))
@@ -137,12 +141,15 @@ def _outputs(models: tuple[ModelResult, ...]) -> Table:
     return made
 
 
-def _memory(memory: MemoryReport) -> Table:
-    made = output.table("Memory", ">", "*")
+def _memory(memory: MemoryReport, device: str) -> Table:
+    made = output.table("Memory" if device == "cpu" else f"Memory on {device}", ">", "*")
+    copies = "made by sessions while they were built"
+    if device != "cpu":
+        copies = f"weights: on {device} each session has its own"
     rows = [
         ("shared weights", memory.shared, "used by more than one model, held once"),
         ("own weights", memory.own, "used by one model"),
-        ("private copies", memory.private, "made by sessions while they were built"),
+        ("private copies", memory.private, copies),
         (
             "activations",
             memory.activations,
@@ -154,7 +161,11 @@ def _memory(memory: MemoryReport) -> Table:
             memory.reserved,
             f"peak {output.size(memory.peak_reserved)}, limit {output.size(memory.limit)}",
         ),
-        ("process", memory.process.total, f"{output.size(memory.process.files)} of it mapped from files"),
+        (
+            "process" if device == "cpu" else "process, on the host",
+            memory.process.total,
+            f"{output.size(memory.process.files)} of it mapped from files",
+        ),
     ]
     for name, count, remark in rows:
         output.add(made, name, output.size(count), remark)

@@ -13,6 +13,7 @@ from glake_infer.version import __version__
 
 _HOMES = {
     "ConvertReport": "models.convert",
+    "DeviceArray": "models.device_array",
     "DeviceNotFoundError": "allocators.errors",
     "DigestMismatchError": "allocators.errors",
     "DriverError": "allocators.errors",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from glake_infer.allocators.pool import Pool, PoolStats
     from glake_infer.models.archive import export_archive, import_archive
     from glake_infer.models.convert import ConvertReport, convert
+    from glake_infer.models.device_array import DeviceArray
     from glake_infer.models.export import export
     from glake_infer.models.inspect import inspect
     from glake_infer.models.manifest import Value

@@ -7,9 +7,10 @@ sessions of all processes. Bytes are read and their digest checked when a weight
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 from weakref import WeakKeyDictionary
@@ -108,16 +109,34 @@ class Residency:
             return {d: (e.mapped, frozenset(e.users)) for d, e in self._entries.items()}
 
     def _load(self, pool: Pool, item: Wanted) -> _Entry:
-        path = item.folder.path(item.digest)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise AlteredObjectError(item.digest, path) from error
-        try:
-            digest, length = digest_of_range(fd, 0, item.length + 1)
-            if digest != item.digest or length != item.length:
-                raise AlteredObjectError(item.digest, path)
+        with _checked(item) as fd:
             address = pool.map_file(fd, item.mapped) if item.mapped else 0
-        finally:
-            os.close(fd)
         return _Entry(address, item.length, item.mapped)
+
+
+def check_objects(wanted: Iterable[Wanted]) -> None:
+    """Check the bytes of weights that somebody else is about to read from the store, each of them once.
+
+    As for weights that become resident, all bytes are read (which also brings them into memory for the reader).
+    Raises AlteredObjectError.
+    """
+    for item in {item.digest: item for item in wanted}.values():
+        with _checked(item):
+            pass
+
+
+@contextlib.contextmanager
+def _checked(item: Wanted) -> Iterator[int]:
+    """Open an object whose bytes are right, for reading; raises AlteredObjectError."""
+    path = item.folder.path(item.digest)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise AlteredObjectError(item.digest, path) from error
+    try:
+        digest, length = digest_of_range(fd, 0, item.length + 1)
+        if digest != item.digest or length != item.length:
+            raise AlteredObjectError(item.digest, path)
+        yield fd
+    finally:
+        os.close(fd)

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
 import tempfile
@@ -25,6 +26,14 @@ from glake_infer.store import default_root
 from glake_infer.version import __version__
 
 PACKAGES = ("onnx", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-python", "tensorrt", "tensorrt-rtx")
+NEEDED_ON_CUDA = (1, 27)
+"""The oldest ONNX Runtime whose CUDA sessions a pool serves."""
+CUDA_ERRORS = {
+    100: "CUDA_ERROR_NO_DEVICE: no GPU that this process may use",
+    803: "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: the kernel module and libcuda.so.1 are of different versions; restart",
+    999: "CUDA_ERROR_UNKNOWN: often a kernel module that is not loaded, or a container without the GPU's devices",
+}
+"""What cuInit says most often."""
 NEEDED_MAPPINGS = 65_530
 """The kernel's usual vm.max_map_count. Each weight and each chunk of the pool is a mapping."""
 
@@ -46,6 +55,8 @@ class Gpu:
     name: str
     memory: int | None = None
     compute_capability: str | None = None
+    virtual_memory: bool | None = None
+    """Whether the driver maps memory piece by piece there, which a pool needs."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,10 @@ class DoctorReport:
     cgroup_limit: int | None
     gpus: tuple[Gpu, ...]
     gpu_note: str
+    driver_cuda: str | None
+    """The newest CUDA that the NVIDIA driver serves, as "13.0"."""
+    onnxruntime_cuda: str | None
+    """The CUDA that the installed ONNX Runtime was built for."""
     store: str
     store_free: int
     checks: tuple[Check, ...]
@@ -82,7 +97,8 @@ def examine() -> DoctorReport:
     """Look at this machine. Writes nothing but a temporary folder at the store, which is removed again."""
     versions = {name: _version(name) for name in PACKAGES}
     providers = _providers()
-    gpus, gpu_note = find_gpus()
+    gpus, gpu_note, driver = find_gpus()
+    built_for = _onnxruntime_cuda()
     store = default_root()
     meminfo = _meminfo()
     total, limit = meminfo.get("MemTotal", 0), cpu_memory()
@@ -103,9 +119,11 @@ def examine() -> DoctorReport:
         cgroup_limit=limit if limit < total else None,
         gpus=gpus,
         gpu_note=gpu_note,
+        driver_cuda=driver,
+        onnxruntime_cuda=built_for,
         store=str(store),
         store_free=shutil.disk_usage(_existing(store)).free,
-        checks=tuple(_checks(store)),
+        checks=(*_checks(store), *cuda_checks(versions, gpus, providers, driver, built_for)),
         warnings=tuple(_warnings(versions, gpus)),
         advice=tuple(_advice(versions, gpus)),
     )
@@ -150,8 +168,8 @@ def _meminfo() -> dict[str, int]:
     return found
 
 
-def find_gpus() -> tuple[tuple[Gpu, ...], str]:
-    """The NVIDIA GPUs, and a sentence about the driver (why there are none, or its version)."""
+def find_gpus() -> tuple[tuple[Gpu, ...], str, str | None]:
+    """The NVIDIA GPUs, a sentence about the driver (why there are none, or its version), and the CUDA it serves."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -160,17 +178,20 @@ def find_gpus() -> tuple[tuple[Gpu, ...], str]:
             return (
                 seen,
                 "the kernel sees the GPU, but libcuda.so.1 is missing: install the driver's libraries",
+                None,
             )
-        return (), "none (no NVIDIA driver: libcuda.so.1 cannot be loaded)"
-    if code := cuda.cuInit(0):
-        return (), f"none (libcuda.so.1 is there, but cuInit failed with error {code})"
+        return (), "none (no NVIDIA driver: libcuda.so.1 cannot be loaded)", None
     count, version = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))  # needs no cuInit
+    served = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    if code := cuda.cuInit(0):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hint = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
+        reason = CUDA_ERRORS.get(code, f"error {code}")
+        return (), f"none (libcuda.so.1 is there, but cuInit failed: {reason}{hint})", served
     cuda.cuDeviceGetCount(ctypes.byref(count))
-    cuda.cuDriverGetVersion(ctypes.byref(version))
-    note = f"CUDA {version.value // 1000}.{version.value % 1000 // 10}"
-    return tuple(
-        _ask(cuda, index) for index in range(count.value)
-    ), note if count.value else f"none (driver for {note})"
+    gpus = tuple(_ask(cuda, index) for index in range(count.value))
+    return gpus, f"CUDA {served}" if gpus else f"none (driver for CUDA {served})", served
 
 
 def _ask(cuda: ctypes.CDLL, index: int) -> Gpu:
@@ -181,7 +202,10 @@ def _ask(cuda: ctypes.CDLL, index: int) -> Gpu:
     cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)  # COMPUTE_CAPABILITY_MAJOR
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-    return Gpu(index, name.value.decode(errors="replace"), memory.value, f"{major.value}.{minor.value}")
+    mapping = ctypes.c_int()
+    cuda.cuDeviceGetAttribute(ctypes.byref(mapping), 102, device)  # VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    capability = f"{major.value}.{minor.value}"
+    return Gpu(index, name.value.decode(errors="replace"), memory.value, capability, bool(mapping.value))
 
 
 def _kernel_gpus() -> Iterator[str]:
@@ -190,6 +214,70 @@ def _kernel_gpus() -> Iterator[str]:
             for line in file.read_text().splitlines():
                 if line.startswith("Model:"):
                     yield line.partition(":")[2].strip()
+
+
+def _onnxruntime_cuda() -> str | None:
+    """The CUDA version that the installed ONNX Runtime was built for, read from its wheel."""
+    found = importlib.util.find_spec("onnxruntime")
+    if found is None or found.origin is None:
+        return None
+    with contextlib.suppress(OSError):
+        text = (Path(found.origin).parent / "capi" / "build_and_package_info.py").read_text()
+        if match := re.search(r"""^cuda_version\s*=\s*["']([\d.]+)["']""", text, re.MULTILINE):
+            return match[1]
+    return None
+
+
+def cuda_checks(
+    versions: dict[str, str | None],
+    gpus: tuple[Gpu, ...],
+    providers: tuple[str, ...],
+    driver: str | None,
+    built_for: str | None,
+) -> Iterator[Check]:
+    """What running on a GPU needs; nothing where there is neither a GPU nor the wheel for one."""
+    if not gpus and not versions["onnxruntime-gpu"]:
+        return
+    if not gpus or driver is None:
+        yield Check(
+            "CUDA driver", False, "no GPU can be used (see above). Install or repair the NVIDIA driver."
+        )
+    elif built_for and int(built_for.split(".")[0]) > int(driver.split(".")[0]):
+        yield Check(
+            "CUDA driver",
+            False,
+            f"it serves CUDA up to {driver}, and ONNX Runtime is built for {built_for}. Update the driver.",
+        )
+    else:
+        yield Check("CUDA driver", True, f"serves CUDA up to {driver}")
+    for gpu in gpus:
+        if gpu.virtual_memory is not None:
+            yield Check(
+                f"stitching on cuda:{gpu.index}",
+                gpu.virtual_memory,
+                "memory is mapped piece by piece"
+                if gpu.virtual_memory
+                else "the driver has no virtual memory management for this GPU: no pool can be made on it.",
+            )
+    version = versions["onnxruntime-gpu"]
+    install = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'glake-infer[cuda]'"
+    needed = ".".join(map(str, NEEDED_ON_CUDA))
+    if version is None:
+        yield Check("ONNX Runtime on CUDA", False, f"onnxruntime-gpu is not installed. {install}")
+    elif "CUDAExecutionProvider" not in providers:
+        yield Check(
+            "ONNX Runtime on CUDA",
+            False,
+            f"onnxruntime-gpu {version} is installed, but its CUDA provider is gone (another wheel overwrote it): {install}",
+        )
+    elif tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < NEEDED_ON_CUDA:
+        yield Check(
+            "ONNX Runtime on CUDA", False, f"{version} is installed, {needed} or newer is needed. {install}"
+        )
+    else:
+        yield Check(
+            "ONNX Runtime on CUDA", True, f"{version}" + (f", for CUDA {built_for}" if built_for else "")
+        )
 
 
 def _checks(store: Path) -> Iterator[Check]:

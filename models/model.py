@@ -11,27 +11,40 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import onnx
 
 from glake_infer.allocators.attach import Initializer, import_onnxruntime
+from glake_infer.allocators.devices import parse_device
 from glake_infer.allocators.errors import (
     DigestMismatchError,
     GlakeError,
     InputError,
+    MissingDependencyError,
     ModelError,
     OutOfMemoryError,
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
+from glake_infer.models import cuda
+from glake_infer.models.device_array import DeviceArray
 from glake_infer.models.graph import initializers, is_external
+from glake_infer.models.interchange import Borrowed
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, padded, prepare
-from glake_infer.models.values import FOREIGN, check_feeds, from_ort_value, to_ort_value, value_of_argument
-from glake_infer.residency import AlteredObjectError, Residency, Wanted
+from glake_infer.models.values import (
+    DTYPES,
+    FOREIGN,
+    check_feeds,
+    element_number,
+    from_ort_value,
+    to_ort_value,
+    value_of_argument,
+)
+from glake_infer.residency import AlteredObjectError, Residency, Wanted, check_objects
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
@@ -39,6 +52,9 @@ if TYPE_CHECKING:
 
 Sharing = Literal["fast", "lean"]
 Optimization = Literal["all", "extended", "basic", "disable"]
+Place = Literal["host", "device"]
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
 
 SESSION_BYTES = 1 << 20
 """What a session takes from the pool for small weights and slabs when it is built, beside the graph's own bytes."""
@@ -55,7 +71,7 @@ class ModelMemory:
     own: int
     """Weights that only this model uses, mapped from the store."""
     private: int
-    """Copies that the session made for itself in the pool (small weights, and what could not be shared)."""
+    """Copies that the session made for itself in the pool: small weights and what could not be shared; on a GPU, all."""
 
 
 class Model:
@@ -76,7 +92,9 @@ class Model:
         self.sharing = sharing
         self.notes: tuple[str, ...] = ()
         self.name = package.name
+        self._label = self.name or "model"  # a package may be called just ".glake"
         self._number = next(_numbers)
+        self._maps = maps_weights(pool)
         self._residency = Residency.of(pool)
         self._held: tuple[str, ...] = ()
         self._private = 0
@@ -111,38 +129,120 @@ class Model:
                 own += size
         return ModelMemory(shared, own, self._private)
 
+    @overload
     def run(
-        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None
-    ) -> dict[str, np.ndarray[Any, Any]]:
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, *, to: Literal["host"] = "host"
+    ) -> dict[str, np.ndarray[Any, Any]]: ...
+
+    @overload
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, *, to: Literal["device"]
+    ) -> dict[str, DeviceArray]: ...
+
+    def run(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, *, to: Place = "host"
+    ) -> dict[str, Any]:
         """Run the model on `feeds` (name -> array) and return name -> array, in the order of `outputs`.
 
-        The arrays are yours: they hold none of the pool's memory and outlive the model.
-        Raises InputError (a wrong name, dtype or shape), OutOfMemoryError (the pool's limit; the model stays
-        usable), ModelError (ONNX Runtime failed inside the model), or GlakeError after `close()`.
+        feeds
+            numpy arrays, lists, numbers, and arrays of other libraries: whatever has DLPack or
+            `__cuda_array_interface__` (PyTorch, CuPy, JAX, DeviceArray). Those on the pool's GPU are read in place
+            and must be contiguous; those on the host are copied to the GPU. The run waits, on the host, for the
+            work that makes them: what the producer orders before the legacy default stream through DLPack, or the
+            stream that its `__cuda_array_interface__` names. What lies on the host must be complete.
+        to
+            "host": numpy arrays that are yours: they hold none of the pool's memory and outlive the model.
+            "device": `DeviceArray`s in the pool's memory, without a copy, complete when `run` returns.
+
+        Returns when the results are complete. Raises InputError (a wrong name, dtype, shape or device, an array
+        that is not contiguous), OutOfMemoryError (the pool's limit; the model stays usable), ModelError (ONNX
+        Runtime failed inside the model), DriverError (the GPU failed), or GlakeError after `close()`.
         """
+        if to not in ("host", "device"):
+            raise InputError(f"to={to!r}: expected 'host' or 'device'.")
         names = self._names if outputs is None else list(outputs)
         if unknown := set(names).difference(self._names):
             raise InputError(
                 f"the model has no output {sorted(unknown)[0]!r}; its outputs are {', '.join(map(str, self._outputs))}."
             )
-        checked = check_feeds(self._inputs, self._optional, feeds)
+        if to == "device":
+            for value in self._outputs:
+                if value.name in names and value.dtype not in DTYPES:
+                    raise InputError(
+                        f"the output {value} cannot stay on the device: it is no tensor of numbers. Take it with "
+                        "to='host', or leave it out of `outputs`."
+                    )
+        checked = check_feeds(self._inputs, self._optional, feeds, self.pool.device)
         self._begin()
         try:
-            with session_errors(self.pool, "running", self.name):
-                results = (
-                    self._run_foreign(names, checked) if self._foreign else self.session.run(names, checked)
-                )
+            with self.pool.label(self._label), session_errors(self.pool, "running", self.name):
+                if (
+                    to == "device"
+                    or (self._foreign and not self._maps)
+                    or any(isinstance(array, Borrowed) for array in checked.values())
+                ):
+                    return self._run_bound(names, checked, to)
+                if self._foreign:
+                    return self._run_foreign(names, checked)
+                results = self.session.run(names, checked)
         finally:
             self._end()
         # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
         return {name: _own(result) for name, result in zip(names, results, strict=True)}
 
-    def _run_foreign(self, names: list[str], feeds: Mapping[str, Any]) -> list[Any]:
+    def _run_foreign(self, names: list[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run with OrtValues: ONNX Runtime's plain run knows numpy's own types alone, not bfloat16 or float8."""
-        known = {value.name: value for value in (*self._inputs, *self._optional, *self._outputs)}
-        values = {name: to_ort_value(known[name], array) for name, array in feeds.items()}
+        values = {name: to_ort_value(self._known[name], array) for name, array in feeds.items()}
         results = self.session.run_with_ort_values(names, values)
-        return [from_ort_value(known[name], result) for name, result in zip(names, results, strict=True)]
+        return {
+            name: from_ort_value(self._known[name], result)
+            for name, result in zip(names, results, strict=True)
+        }
+
+    def _run_bound(self, names: list[str], feeds: Mapping[str, Any], to: Place) -> dict[str, Any]:
+        """Run with addresses: inputs are read where they are, outputs of to="device" stay where they were made.
+
+        ONNX Runtime runs on streams of its own, which wait for nobody's work, and waits for them at the end of a
+        run: so the inputs are complete before it begins, and the outputs when it returns.
+        """
+        binding = self.session.io_binding()
+        values = []  # the binding holds pointers alone
+        streams = {
+            (array.device, array.stream)
+            for array in feeds.values()
+            if isinstance(array, Borrowed) and array.stream is not None
+        }
+        for device, stream in streams:
+            cuda.synchronize(_index(device), stream)
+        for name, array in feeds.items():
+            if isinstance(array, Borrowed):
+                number = element_number(self._known[name])
+                binding.bind_input(name, "cuda", _index(array.device), number, array.shape, array.address)
+                continue
+            value = to_ort_value(self._known[name], array)
+            if not hasattr(value, "_ortvalue"):
+                raise InputError(
+                    f"the input {self._known[name]} is no tensor, and goes with arrays on the host alone: feed the "
+                    "others from the host too, and take results with to='host'."
+                )
+            binding.bind_ortvalue_input(name, value)
+            values.append(value)
+        names = list(dict.fromkeys(names))
+        for name in names:
+            if to == "device" and self.pool.device != "cpu":
+                binding.bind_output(name, "cuda", _index(self.pool.device))
+            else:
+                binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        results = dict(zip(names, binding.get_outputs(), strict=True))
+        if to == "device":
+            return {
+                name: DeviceArray(_alone(result), DTYPES[self._known[name].dtype], self.pool.device)
+                for name, result in results.items()
+            }
+        if all(self._known[name].dtype in DTYPES for name in names):
+            return {name: from_ort_value(self._known[name], result) for name, result in results.items()}
+        return {name: _own(r) for name, r in zip(names, binding.copy_outputs_to_cpu(), strict=True)}
 
     def close(self) -> None:
         """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
@@ -181,6 +281,7 @@ class Model:
 
     # Filled by load.
     _names: list[str]
+    _known: dict[str, Value]
     _foreign: bool
     _inputs: list[Value]
     _outputs: list[Value]
@@ -191,18 +292,24 @@ def load(
     path: str | os.PathLike[str],
     pool: Pool | None = None,
     *,
+    device: str | None = None,
     sharing: Sharing = "fast",
     optimization: Optimization = "all",
     threads: int | None = None,
     configure: Callable[[ort.SessionOptions], None] | None = None,
+    provider_options: Mapping[str, Any] | None = None,
     store: Store | None = None,
 ) -> Model:
-    """Load the package at `path` into `pool` (by default the process's CPU pool) and return a Model.
+    """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
+    pool, device
+        The pool decides the device. Without one, the process's pool on `device` ("cpu" unless said; "cuda:0") is
+        used, and made without a limit where there is none. With both, they must agree.
     sharing
         "fast": weights as ONNX Runtime computes with them (fused, folded, prepacked), derived once per machine
         and then mapped by every session of every process. "lean": weights as they are in the store, nothing
-        derived that would be larger; int8 and fp16 models stay small, and runs are slower.
+        derived that would be larger; int8 and fp16 models stay small, and runs are slower. On CUDA both are the
+        same: each session has its own weights in the pool, and optimizes the graph when it is loaded.
     optimization
         ONNX Runtime's graph optimization level.
     threads
@@ -211,11 +318,16 @@ def load(
         Called with the session's fresh SessionOptions before ours are set, for anything else (logging, profiling,
         spinning, free dimensions). The prepared graph is the same for everybody: what decides how a graph is
         optimized is `optimization` alone.
+    provider_options
+        Options of the CUDA provider, beside those of `pool.providers`. For results that repeat, and compare
+        with other sessions' bit for bit: `{"use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}`. What decides
+        where memory comes from (`device_id`, `gpu_mem_limit`, `gpu_external_alloc`...) is the pool's matter.
 
-    The first load on a machine prepares the model (optimizing it once, some seconds for large models); later
-    ones, in any process, map the result. Raises PackageError, DigestMismatchError (naming every package that
-    a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError; nothing
-    stays loaded after an error.
+    The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
+    models); later ones, in any process, map the result. On CUDA every weight's bytes are checked, and then read by
+    ONNX Runtime into the pool. Raises InputError, PackageError, DigestMismatchError (naming every package that
+    a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError (no ONNX
+    Runtime, or none for CUDA); nothing stays loaded after an error.
     """
     runtime = import_onnxruntime()
     if sharing not in ("fast", "lean"):
@@ -229,12 +341,15 @@ def load(
     if optimization not in levels:
         raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
 
+    place = _pool_for(pool, device)
+    providers = providers_of(place, provider_options)
+
     def options() -> ort.SessionOptions:
         made: ort.SessionOptions = runtime.SessionOptions()
         if threads is not None:
             made.intra_op_num_threads = threads
         made.graph_optimization_level = levels[optimization]
-        if sharing == "lean":
+        if sharing == "lean" and maps_weights(place):
             # A weight is cast right before its use, not all of them at the start (34 -> 6 MiB on an int8 MiniLM).
             made.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
             made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
@@ -243,8 +358,7 @@ def load(
     store = store or Store()
     with store.using():
         package = Package(Path(path), store)
-        pool = pool or Pool.current("cpu") or Pool(device="cpu")
-        model = Model(package, pool, sharing)
+        model = Model(package, place, sharing)
         package.check_present()
         variant = "cpu-lean" if sharing == "lean" and "cpu-lean" in package.manifest.variants else "onnx"
         for attempt in itertools.count():
@@ -253,7 +367,8 @@ def load(
                 made = options()
                 if configure:
                     configure(made)
-                _build_session(model, prepared, made)
+                with place.label(model._label):
+                    _build_session(model, prepared, made, providers)
             except AlteredObjectError as error:
                 if attempt < 2 and forget(package, error.digest):
                     continue  # a derived object: made again from the stored weights
@@ -269,8 +384,15 @@ def load(
 def _prepared(
     model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
 ) -> Prepared:
-    """The prepared graph; where this machine cannot keep one, the package's own with the weights as they are."""
+    """The prepared graph; where this machine cannot keep one, and on a GPU, the package's own."""
     package = model.package
+    if not model._maps:
+        if model.sharing == "lean":
+            model.notes = (
+                *model.notes,
+                f"sharing='lean' is the same as 'fast' on {model.pool.device}: nothing is prepacked there",
+            )
+        return _as_given(package, "onnx", injected=False)
     try:
         with session_errors(model.pool, "preparing", model.name):
             return prepare(
@@ -284,13 +406,77 @@ def _prepared(
             *model.notes,
             f"not prepared, so ONNX Runtime keeps private copies of what it derives: {error}",
         )
+    return _as_given(package, variant, injected=True)
+
+
+def _as_given(package: Package, variant: str, *, injected: bool) -> Prepared:
+    """A variant as it is in the package, to be optimized by the session."""
     graph = package.graph(variant)
     digests = {weight.name: weight for weight in package.manifest.weights}
     weights = tuple(
-        PreparedWeight(w.name, w.digest, w.bytes, w.bytes, derived=False, injected=True)
+        PreparedWeight(w.name, w.digest, w.bytes, w.bytes, derived=False, injected=injected)
         for w in (digests[item.tensor.name] for item in initializers(graph) if is_external(item.tensor))
     )
     return Prepared(graph.SerializeToString(), weights, optimized=False)
+
+
+def maps_weights(pool: Pool) -> bool:
+    """Whether a session on this pool uses the store's weights where they are mapped; else ORT reads them itself."""
+    return pool.device == "cpu"
+
+
+def _pool_for(pool: Pool | None, device: str | None) -> Pool:
+    if pool is None:
+        return Pool.current(device or "cpu") or Pool(device=device or "cpu")
+    if device is not None and parse_device(device) != pool.device:
+        raise InputError(
+            f"device={device!r} was given with a pool on {pool.device!r}. A model runs on its pool's device: give "
+            "one of both."
+        )
+    return pool
+
+
+_OF_THE_POOL = {
+    "device_id", "gpu_mem_limit", "arena_extend_strategy", "gpu_external_alloc", "gpu_external_free",
+    "gpu_external_empty_cache", "default_memory_arena_cfg",
+}  # fmt: skip
+"""Options of the CUDA provider that the pool decides, or that would go around it."""
+
+
+def providers_of(pool: Pool, options: Mapping[str, Any] | None) -> list[Any]:
+    """The pool's execution providers, with more options for the CUDA one. Raises InputError."""
+    providers: list[Any] = list(pool.providers)
+    if not options:
+        return providers
+    if taken := sorted(_OF_THE_POOL.intersection(options)):
+        raise InputError(
+            f"provider_options has {taken[0]!r}, which the pool decides: make the Pool on the device, and with the "
+            "limit, that you want."
+        )
+    names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
+    if CUDA_PROVIDER not in names:
+        raise InputError(
+            f"provider_options ({', '.join(options)}) are for CUDA, and the pool is on {pool.device!r}."
+        )
+    more = {name: str(int(v) if isinstance(v, bool) else v) for name, v in options.items()}
+    place = names.index(CUDA_PROVIDER)
+    given = {} if isinstance(providers[place], str) else dict(providers[place][1])
+    providers[place] = (CUDA_PROVIDER, {**given, **more})
+    return providers
+
+
+def _index(device: str) -> int:
+    return int(device.removeprefix("cuda:"))
+
+
+def _alone(result: ort.OrtValue) -> ort.OrtValue:
+    """The same value on its own: as part of a binding's results it would keep all of them and the session."""
+    from onnxruntime import OrtValue
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    holder = OrtValueVector()
+    holder.push_back(result._ortvalue)
+    return OrtValue(holder[0])
 
 
 def _own(result: Any) -> Any:
@@ -304,40 +490,51 @@ def _own(result: Any) -> Any:
     return result
 
 
-def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions) -> None:
+def _build_session(
+    model: Model, prepared: Prepared, options: ort.SessionOptions, providers: list[Any]
+) -> None:
     runtime = import_onnxruntime()
+    check_providers(runtime.get_available_providers(), providers)
     store = model.package.store
     wanted = [
         Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects)
         for w in prepared.weights
     ]
     pool, residency, number = model.pool, model._residency, model._number
-    check_limit(pool, residency, wanted, len(prepared.graph) + SESSION_BYTES)
-    addresses = residency.acquire(pool, wanted, number)
+    addresses: dict[str, int] = {}
+    if model._maps:
+        check_limit(pool, residency, wanted, len(prepared.graph) + SESSION_BYTES)
+        addresses = residency.acquire(pool, wanted, number)
+    else:
+        check_objects(wanted)
     give_back = functools.partial(residency.release, pool, tuple(addresses), number)
     try:
-        graph = onnx.load_model_from_string(prepared.graph)
-        tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
-        injected = [
-            Initializer(
-                w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims)
-            )
-            for w in prepared.weights
-            if w.injected
-        ]
         if prepared.optimized:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(store.root)
         )
-        options.add_session_config_entry(
-            "session.disable_prepacking", "1" if model.sharing == "lean" else "0"
-        )
+        lean = model.sharing == "lean" and model._maps
+        options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
         before = pool.stats().active
         with session_errors(pool, "loading", model.name):
-            values = pool.attach(options, injected)
-            model.session = runtime.InferenceSession(prepared.graph, options, providers=pool.providers)
-            values.close()
+            values = pool.attach(options, _injected(prepared, addresses))
+            try:
+                model.session = runtime.InferenceSession(
+                    prepared.graph, options, providers=providers, enable_fallback=0
+                )
+            finally:
+                values.close()
+        try:
+            check_providers(model.session.get_providers(), providers)
+        except MissingDependencyError:
+            del model.session
+            raise
+    except OutOfMemoryError as error:
+        give_back()
+        if model._maps:
+            raise
+        raise _with_all_weights(error, prepared) from error
     except BaseException:
         give_back()
         raise
@@ -350,7 +547,56 @@ def _build_session(model: Model, prepared: Prepared, options: ort.SessionOptions
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
     optional = model.session.get_overridable_initializers()
     model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
+    model._known = {value.name: value for value in (*model._inputs, *model._optional, *model._outputs)}
     model._foreign = any(value.dtype in FOREIGN for value in (*model._inputs, *model._outputs))
+
+
+def _injected(prepared: Prepared, addresses: Mapping[str, int]) -> list[Initializer]:
+    """What `pool.attach` gives to the session in the place of the graph's weights."""
+    if not any(weight.injected for weight in prepared.weights):
+        return []
+    graph = onnx.load_model_from_string(prepared.graph)
+    tensors = {item.tensor.name: item.tensor for item in initializers(graph)}
+    return [
+        Initializer(
+            w.name, addresses[w.digest], w.length, tensors[w.name].data_type, tuple(tensors[w.name].dims)
+        )
+        for w in prepared.weights
+        if w.injected
+    ]
+
+
+def check_providers(got: Sequence[str], wanted: Sequence[Any]) -> None:
+    """Raise MissingDependencyError where ONNX Runtime leaves the CUDA provider out: it only prints a line and goes on."""
+    names = [entry if isinstance(entry, str) else entry[0] for entry in wanted]
+    if CUDA_PROVIDER in names and CUDA_PROVIDER not in got:
+        raise MissingDependencyError(
+            f"ONNX Runtime cannot run on CUDA here: of the providers {', '.join(names)} it took {', '.join(got)}. Install "
+            "onnxruntime-gpu and its CUDA libraries with: pip uninstall -y onnxruntime onnxruntime-gpu && pip install "
+            "'glake-infer[cuda]' (`glake-infer doctor` says what is missing)."
+        )
+
+
+def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemoryError:
+    """The pool's refusal while ONNX Runtime read weights one by one, with a limit that would do for all of them.
+
+    Told only afterwards: how much ORT needs is not known before (it folds weights, and keeps some on the host).
+    """
+    weights = sum(padded(w.length) for w in prepared.weights) + len(prepared.graph) + SESSION_BYTES
+    held = error.active - error.holders.get("weights", 0)
+    needed = max(error.needed_limit, held + weights)
+    if needed == error.needed_limit:
+        return error
+    return OutOfMemoryError(
+        requested=error.requested,
+        active=error.active,
+        idle=error.idle,
+        reserved=error.reserved,
+        limit=error.limit,
+        needed_limit=needed,
+        device_free=error.device_free,
+        holders=error.holders,
+    )
 
 
 def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own: int) -> None:
@@ -375,6 +621,10 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own:
         )
 
 
+_WRONG_FEEDS = ("Got invalid dimensions for input", "Invalid rank for input", "Unexpected input data type")
+"""What says, in the plain RuntimeError of a run with an IOBinding, that the feeds were wrong."""
+
+
 class session_errors:  # noqa: N801  (reads as a verb phrase: with session_errors(pool, "running", "x"))
     """Turn ONNX Runtime's exceptions into ours; a request that our pool refused becomes the pool's own error.
 
@@ -393,12 +643,16 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del trace
-        if kind is None or error is None or not kind.__module__.startswith("onnxruntime"):
+        if kind is None or error is None:
             return
+        if kind is not RuntimeError and not kind.__module__.startswith("onnxruntime"):
+            return  # a run with an IOBinding raises a plain RuntimeError
         error.__traceback__ = None
         text = str(error).strip()
         if refusal := self._pool.explain(error):
             raise refusal from error
-        wrong_feeds = self._what[0] == "running" and kind.__name__ == "InvalidArgument"
+        wrong_feeds = self._what[0] == "running" and (
+            kind.__name__ == "InvalidArgument" or any(hint in text for hint in _WRONG_FEEDS)
+        )
         ours = InputError if wrong_feeds else ModelError
         raise ours(f"ONNX Runtime refused while {' '.join(self._what)}: {text}") from error

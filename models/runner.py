@@ -61,14 +61,14 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Where the memory is after the runs, in bytes."""
+    """Where the memory is after the runs, in bytes: the pool's on its device, and the process's on the host."""
 
     shared: int
     """Weights that more than one model uses, held once."""
     own: int
     """Weights that one model uses."""
     private: int
-    """Copies that sessions made for themselves when they were built."""
+    """Copies that sessions made for themselves when they were built; on a GPU, all their weights."""
     activations: int
     """What else the pool has handed out: activations and outputs that are still held."""
     peak_activations: int
@@ -83,7 +83,7 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What `run` did. `seconds` is the time of all runs together."""
+    """What `run` did. `device` is the pool's; `seconds` is the time of all runs together."""
 
     models: tuple[ModelResult, ...]
     memory: MemoryReport
@@ -129,6 +129,9 @@ def run(
         generated from `seed`.
     threads
         How many runs go on at once, over all models.
+    device
+        "cpu", "cuda:N" or "cuda" (the first GPU). On a GPU each session's weights are its own; its feeds come from
+        the host, and its outputs go there.
     save
         A folder that gets the last outputs of each model as `NAME.npz`.
 
@@ -152,7 +155,7 @@ def run(
         memory = _memory(pool, [entry.model for entry in loaded])
         if save is not None:
             _save_all(loaded, Path(save))
-    return RunReport(results, memory, device, sharing, threads, repeat, seconds)
+    return RunReport(results, memory, pool.device, sharing, threads, repeat, seconds)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

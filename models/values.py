@@ -12,6 +12,8 @@ import numpy as np
 from onnx import TensorProto, TensorShapeProto, TypeProto, ValueInfoProto
 
 from glake_infer.allocators.errors import InputError
+from glake_infer.models.device_array import DeviceArray
+from glake_infer.models.interchange import Borrowed, borrow, is_foreign
 from glake_infer.models.manifest import Value
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -46,10 +48,10 @@ def to_ort_value(value: Value, array: Any) -> Any:
         return (
             array
             if not isinstance(array, np.ndarray)
-            else OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            else OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
         )
     carrier, number = FOREIGN[value.dtype]
-    return OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(carrier), number)
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(np.asarray(array, order="C").view(carrier), number)
 
 
 def from_ort_value(value: Value, result: Any) -> np.ndarray[Any, Any]:
@@ -58,6 +60,11 @@ def from_ort_value(value: Value, result: Any) -> np.ndarray[Any, Any]:
         return np.array(result.numpy())
     raw = ctypes.string_at(result.data_ptr(), result.tensor_size_in_bytes())
     return np.frombuffer(bytearray(raw), DTYPES[value.dtype]).reshape(result.shape())
+
+
+def element_number(value: Value) -> int:
+    """ONNX's number of a tensor's element type."""
+    return int(TensorProto.DataType.Value(value.dtype.upper()))
 
 
 def value_of_argument(argument: Any) -> Value:
@@ -112,11 +119,13 @@ def _axis(dimension: TensorShapeProto.Dimension) -> int | str | None:
 
 
 def check_feeds(
-    inputs: Sequence[Value], optional: Sequence[Value], feeds: Mapping[str, Any]
+    inputs: Sequence[Value], optional: Sequence[Value], feeds: Mapping[str, Any], device: str = "cpu"
 ) -> dict[str, Any]:
     """Return `feeds` as ONNX Runtime takes them; raises InputError saying what came for which input.
 
-    Lists and numbers become arrays of the declared type; arrays must have it already.
+    Lists and numbers become arrays of the declared type; arrays must have it already. Arrays of other libraries
+    (DLPack, `__cuda_array_interface__`) are taken in place: those on the host as numpy arrays, those on `device`
+    as Borrowed.
     """
     if not isinstance(feeds, Mapping):
         raise InputError(
@@ -133,8 +142,32 @@ def check_feeds(
     checked: dict[str, Any] = {}
     for name, given in feeds.items():
         value = known[name]
-        checked[name] = given if value.shape is None and value.dtype not in DTYPES else _checked(value, given)
+        if value.shape is None and value.dtype not in DTYPES:
+            checked[name] = given
+        elif isinstance(given, DeviceArray) or is_foreign(given):
+            checked[name] = _checked_foreign(value, given, device)
+        else:
+            checked[name] = _checked(value, given)
     return checked
+
+
+def _checked_foreign(value: Value, given: Any, device: str) -> Any:
+    what = f"the array fed to the input {value}"
+    array = given.borrowed() if isinstance(given, DeviceArray) else borrow(given, what)
+    if array.device == "cpu":
+        return _checked(value, array.numpy())
+    if array.device != device:
+        raise InputError(
+            f"{what} lies on {array.device}, and the model runs on {device}. Copy it there, or to the host."
+        )
+    _check_type(value, array)
+    _check_shape(value, array.shape)
+    if not array.contiguous:
+        raise InputError(
+            f"{what} is not contiguous: shape {list(array.shape)}, strides {list(array.strides)} (in elements). Feed "
+            f"`x.contiguous()` (PyTorch) or `cupy.ascontiguousarray(x)`."
+        )
+    return array
 
 
 def _checked(value: Value, given: Any) -> Any:
@@ -155,26 +188,35 @@ def _checked(value: Value, given: Any) -> Any:
     array = np.asarray(given)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
+    _check_type(value, array)
+    _check_shape(value, array.shape)
+    return array
+
+
+def _check_type(value: Value, array: np.ndarray[Any, Any] | Borrowed) -> None:
+    expected = DTYPES.get(value.dtype)
     if expected is not None and array.dtype != expected:
         raise InputError(
             f"the input {value} was fed {array.dtype}{list(array.shape)}. Convert it with "
             f"`.astype({expected.name!r})` if that "
             f"is what you mean."
         )
+
+
+def _check_shape(value: Value, shape: Sequence[int]) -> None:
     if value.shape is None:
-        return array
-    if array.ndim != len(value.shape):
+        return
+    if len(shape) != len(value.shape):
         raise InputError(
-            f"the input {value} was fed the shape {list(array.shape)}: {array.ndim} axes instead of "
+            f"the input {value} was fed the shape {list(shape)}: {len(shape)} axes instead of "
             f"{len(value.shape)}."
         )
-    for axis, (size, declared) in enumerate(zip(array.shape, value.shape, strict=True)):
+    for axis, (size, declared) in enumerate(zip(shape, value.shape, strict=True)):
         if isinstance(declared, int) and size != declared:
             raise InputError(
-                f"the input {value} was fed the shape {list(array.shape)}: axis {axis} has {size} instead of "
+                f"the input {value} was fed the shape {list(shape)}: axis {axis} has {size} instead of "
                 f"{declared}."
             )
-    return array
 
 
 def _listed(values: Sequence[Value]) -> str:

@@ -54,11 +54,25 @@ def run(command, folder):
     return done.stdout
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_python_blocks_run(workplace):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = [block for block in BLOCKS if "cuda" not in block]
     assert len(blocks) == 2
     for block in blocks:
         assert run([sys.executable, "-W", "error", "-c", block], workplace)
+
+
+@pytest.mark.gpu
+def test_python_blocks_for_the_gpu_run(workplace):
+    pytest.importorskip("torch")
+    blocks = [block for block in BLOCKS if "cuda" in block]
+    assert len(blocks) == 1
+    converts = "import glake_infer as gi; gi.convert('model.onnx', 'model.glake')"
+    run([sys.executable, "-c", converts], workplace)
+    for block in blocks:
+        assert run([sys.executable, "-c", block], workplace)
 
 
 def test_commands_run(workplace):

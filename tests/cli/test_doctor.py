@@ -41,6 +41,87 @@ CPU = {"onnxruntime": "1.32.0", "onnxruntime-gpu": None, "tensorrt": None, "tens
 GPU = (doctor.Gpu(0, "NVIDIA A10"),)
 
 
+WHOLE = (doctor.Gpu(0, "NVIDIA A10", 24 << 30, "8.6", True),)
+BOTH = ("CPUExecutionProvider", "CUDAExecutionProvider")
+NEW = {"onnxruntime": None, "onnxruntime-gpu": "1.31.1"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "gpus", "providers", "driver", "built_for", "wrong"),
+    [
+        (CPU, (), BOTH[:1], None, None, None),
+        (NEW, WHOLE, BOTH, "13.0", "13.0", {}),
+        (NEW, WHOLE, BOTH, "13.2", None, {}),
+        (NEW, (), BOTH, None, "13.0", {"CUDA driver": "no GPU can be used"}),
+        (NEW, WHOLE, BOTH, "12.8", "13.0", {"CUDA driver": "up to 12.8, and ONNX Runtime is built for 13.0"}),
+        (NEW, WHOLE, BOTH[:1], "13.0", None, {"ONNX Runtime on CUDA": "overwrote"}),
+        (CPU, WHOLE, BOTH[:1], "13.0", None, {"ONNX Runtime on CUDA": "not installed"}),
+        (
+            {**NEW, "onnxruntime-gpu": "1.24.4"}, WHOLE, BOTH, "13.0", "12.8",
+            {"ONNX Runtime on CUDA": "1.27 or newer"},
+        ),
+        (
+            NEW, (doctor.Gpu(0, "old", 1, "5.0", False),), BOTH, "13.0", None,
+            {"stitching on cuda:0": "no virtual memory management"},
+        ),
+    ],
+)  # fmt: skip
+def test_what_doctor_checks_for_cuda(versions, gpus, providers, driver, built_for, wrong):
+    checks = list(doctor.cuda_checks(versions, gpus, providers, driver, built_for))
+    if wrong is None:
+        assert checks == []
+        return
+    assert {check.name for check in checks if not check.ok} == wrong.keys()
+    assert {"CUDA driver", "ONNX Runtime on CUDA"} <= {check.name for check in checks}
+    for name, detail in wrong.items():
+        assert detail in next(check.detail for check in checks if check.name == name)
+
+
+class FakeDriver:
+    """libcuda.so.1 with one GPU, or an error of cuInit."""
+
+    def __init__(self, code=0):
+        self.code = code
+
+    def __call__(self, name):
+        assert name == "libcuda.so.1"
+        return self
+
+    def cuInit(self, flags):
+        return self.code
+
+    def cuDriverGetVersion(self, version):
+        version._obj.value = 13020
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 1
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index
+
+    def cuDeviceGetName(self, name, size, device):
+        name.value = b"NVIDIA L4"
+
+    def cuDeviceTotalMem_v2(self, memory, device):
+        memory._obj.value = 24 << 30
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {75: 8, 76: 9, 102: 1}[attribute]
+
+
+def test_gpus_are_found_through_the_driver_and_its_errors_are_told(monkeypatch):
+    monkeypatch.setattr(doctor.ctypes, "CDLL", FakeDriver())
+    assert doctor.find_gpus() == ((doctor.Gpu(0, "NVIDIA L4", 24 << 30, "8.9", True),), "CUDA 13.2", "13.2")
+    monkeypatch.setattr(doctor.ctypes, "CDLL", FakeDriver(100))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    gpus, note, driver = doctor.find_gpus()
+    assert (gpus, driver) == ((), "13.2")
+    assert "CUDA_ERROR_NO_DEVICE" in note
+    assert "CUDA_VISIBLE_DEVICES is ''" in note
+    monkeypatch.setattr(doctor.ctypes, "CDLL", FakeDriver(804))
+    assert "error 804" in doctor.find_gpus()[1]
+
+
 @pytest.mark.parametrize(
     ("versions", "gpus", "warned", "advised"),
     [
