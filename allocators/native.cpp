@@ -120,6 +120,8 @@ void begin_attach(const std::vector<InitializerTuple>& initializers) {
 
 }  // namespace
 
+void bind_bench(nb::module_& module);  // native_bench.cpp
+
 NB_MODULE(_native, module) {
   module.doc() = "The native core of glake_infer.allocators. Private: use glake_infer.Pool.";
   nb::register_exception_translator(translate);
@@ -178,4 +180,5 @@ NB_MODULE(_native, module) {
              "Sets this thread's request: weights as (name, address, bytes, ONNX element type, shape).");
   module.def("finish_attach", &glake::finish_attach, nb::sig("def finish_attach() -> InitializerValues | None"),
              "Ends this thread's request; None if ONNX Runtime did not serve it.");
+  bind_bench(module);
 }
