@@ -61,6 +61,8 @@ thread_local std::string thread_label;
 
 }  // namespace
 
+void bind_bench(nb::module_& module);  // native_bench.cpp
+
 NB_MODULE(_native, module) {
   module.doc() = "The native core of glake_infer.allocators. Private: use glake_infer.Pool.";
   nb::register_exception_translator(translate);
@@ -97,4 +99,30 @@ NB_MODULE(_native, module) {
       "Names the holder of what this thread allocates from now on; empty for none.");
 
   glake::python::bind_ort(module);
+  module.def(
+      "host_pool", []() -> Pool& { return glake::host_allocator().pool(); }, nb::rv_policy::reference,
+      "The pool of the device 'cpu', of which a process has one. It is never destroyed.");
+  module.def(
+      "ort_allocator", [] { return reinterpret_cast<Address>(glake::host_allocator().c_struct()); },
+      "The address of the host pool's OrtAllocator (a struct of C function pointers).");
+  module.def(
+      "ort_allocate",
+      [](std::size_t bytes, bool reserve) {
+        OrtAllocator* const face = glake::host_allocator().c_struct();
+        return reinterpret_cast<Address>((reserve ? face->Reserve : face->Alloc)(face, bytes));
+      },
+      "size"_a, "reserve"_a = false, Unlocked(),
+      "For tests: calls the host pool's OrtAllocator as ONNX Runtime does; MemoryError where that sees "
+      "std::bad_alloc.");
+  module.def("failures", &failures, "since"_a = 0,
+             nb::sig("def failures(since: int = 0) -> list[OutOfMemoryError | DriverError]"),
+             "The last failed requests of ONNX Runtime with a sequence number above `since`, as exceptions.");
+  module.def(
+      "failure_count", [] { return glake::host_allocator().failure_count(); },
+      "How many requests of ONNX Runtime failed in this process.");
+  module.def("begin_attach", &begin_attach, "initializers"_a,
+             "Sets this thread's request: weights as (name, address, bytes, ONNX element type, shape).");
+  module.def("finish_attach", &glake::finish_attach, nb::sig("def finish_attach() -> InitializerValues | None"),
+             "Ends this thread's request; None if ONNX Runtime did not serve it.");
+  bind_bench(module);
 }

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <atomic>
 #include <exception>
 #include <optional>
 #include <utility>
@@ -16,6 +17,7 @@ struct Request {
 };
 
 thread_local std::optional<Request> pending;
+std::atomic<const OrtApiBase*> known_base = nullptr;
 
 // ONNX Runtime's own message, with what we were doing in front of it.
 OrtStatus* explain(const ort::Api& api, const std::string& what, OrtStatus* status) {
@@ -77,9 +79,12 @@ std::unique_ptr<InitializerValues> finish_attach() {
   return result;
 }
 
+const OrtApiBase* ort_api_base() noexcept { return known_base; }
+
 }  // namespace glake
 
 OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
+  glake::known_base = base;
   const void* table = base->GetApi(glake::ort::oldest_api);
   if (table == nullptr) {
     // Any version has CreateStatus, at the same place.

@@ -51,6 +51,9 @@ void begin_attach(OrtDeviceAllocator& allocator, std::vector<Initializer> initia
 // Ends this thread's request and returns what it made: null if RegisterCustomOps was not called, or failed.
 [[nodiscard]] std::unique_ptr<InitializerValues> finish_attach();
 
+// ONNX Runtime's entry point, from its last call of RegisterCustomOps (also of one that failed); null before.
+[[nodiscard]] const OrtApiBase* ort_api_base() noexcept;
+
 }  // namespace glake
 
 // Called by ONNX Runtime. An error leaves nothing registered with the options beyond the initializers

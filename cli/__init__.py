@@ -16,7 +16,7 @@ from types import FrameType
 
 import typer
 
-from glake_infer.cli import convert, demo, doctor, inspect, run, ship, store, zoo
+from glake_infer.cli import bench, convert, demo, doctor, inspect, run, ship, store, trace, zoo
 from glake_infer.cli.errors import reported
 from glake_infer.cli.group import Group
 from glake_infer.version import __version__
@@ -41,7 +41,7 @@ def _root() -> None:
     pass
 
 
-for _family in (convert, run, inspect, ship, store, zoo, demo, doctor):
+for _family in (convert, run, inspect, ship, store, zoo, demo, doctor, trace, bench):
     _family.register(app)
 
 
