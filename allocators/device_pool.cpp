@@ -6,6 +6,7 @@
 #include <limits>
 #include <mutex>
 
+#include "cuda_memory.hpp"
 #include "host_memory.hpp"
 
 namespace glake {
@@ -43,13 +44,11 @@ std::string device_name(const Device& device) {
 
 std::unique_ptr<VirtualMemory> open_device(const Device& device) {
   if (device.kind == Device::cpu) return std::make_unique<HostMemory>();
-  // LEAD: return std::make_unique<CudaMemory>(device.index);  with #include "cuda_memory.hpp"
-  throw DriverError("opening device " + device_name(device) + " failed: this build has no CUDA memory");
+  return std::make_unique<CudaMemory>(device.index);
 }
 
 std::size_t device_memory(const Device& device) {
-  // LEAD: return the total of cuMemGetInfo / cuDeviceTotalMem for device.index
-  throw DriverError("asking device " + device_name(device) + " for its memory failed: this build has no CUDA memory");
+  return cuda_device_memory(device.index);
 }
 
 OrtDeviceAllocator* existing_allocator(const Device& device) noexcept {

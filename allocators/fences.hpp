@@ -25,15 +25,17 @@ using Fence = std::uint64_t;
 
 class Fences {
  public:
-  // `order` may be null (the host): then there is nothing to wait for, ever. So too with `ignore`, which is for a test
-  // that has to show that it can fail: memory is then used across streams without waiting.
-  Fences(StreamOrder* order, bool ignore) : order_(ignore ? nullptr : order) {}
+  // `order` may be null (the host): then there is nothing to wait for, ever.
+  explicit Fences(StreamOrder* order) : order_(order) {}
   Fences(const Fences&) = delete;
   Fences& operator=(const Fences&) = delete;
   ~Fences();
 
+  // For a test that has to show that it can fail: from now on (or not any more) nothing is waited for.
+  void ignore(bool on) noexcept { ignored_ = on; }
+
   // All work queued so far. No driver call.
-  [[nodiscard]] Fence now() noexcept { return order_ == nullptr ? 0 : ++clock_; }
+  [[nodiscard]] Fence now() noexcept { return order_ == nullptr || ignored_ ? 0 : ++clock_; }
   // The same, with an event recorded at once if possible: whoever will have to wait on the host then waits least.
   [[nodiscard]] Fence record();
 
@@ -60,6 +62,7 @@ class Fences {
   [[nodiscard]] const Event* covering(Fence fence);
 
   StreamOrder* order_;
+  bool ignored_ = false;
   Fence clock_ = 0;
   Fence done_ = 0;            // everything up to here is done
   std::deque<Event> events_;  // recorded and not known to be reached, by moment

@@ -15,14 +15,15 @@ void raise(const nb::object& exception) {
 nb::object error_class(const char* name) { return nb::module_::import_("glake_infer.allocators.errors").attr(name); }
 
 nb::object to_python(const OutOfMemory& record) {
-  nb::dict holders;
-  for (std::size_t tag = 0; tag < tag_count; ++tag) {
-    holders[tag_name(static_cast<Tag>(tag))] = record.holders[tag];
+  nb::list holders;
+  for (const Holder& holder : record.holders) {
+    holders.append(nb::make_tuple(holder.label, tag_name(holder.tag), holder.bytes));
   }
   return error_class("OutOfMemoryError")("requested"_a = record.requested, "active"_a = record.active,
                                          "idle"_a = record.idle, "reserved"_a = record.reserved,
                                          "limit"_a = record.limit, "needed_limit"_a = record.needed_limit,
-                                         "device_free"_a = record.device_free, "holders"_a = holders);
+                                         "device_free"_a = record.device_free, "holders"_a = holders,
+                                         "device_full"_a = record.device_full);
 }
 
 void translate(const std::exception_ptr& pointer, void*) {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "labels.hpp"
+#include "python_stack.hpp"
 
 namespace glake {
 namespace {
@@ -53,13 +54,41 @@ Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions
       options_(options),
       memory_(std::move(memory)),
       order_(memory_->streams()),
-      fences_(order_, options.ignore_streams),
+      fences_(order_),
       chunks_(*memory_, fences_, limit),
       weights_(make_arena(Arena::Mode::streamless, true)),
       streamless_(make_arena(Arena::Mode::streamless, false)) {
 #ifndef NDEBUG
   always_verify_ = true;
 #endif
+  apply_options();
+}
+
+void Pool::apply_options() {
+  fences_.ignore(options_.ignore_streams);
+  if (options_.debug == PoolOptions::Debug::off) {
+    debug_.reset();
+    return;
+  }
+  DebugOptions options;
+  options.guard_all = options_.debug == PoolOptions::Debug::guard;
+  options.wipe = options_.wipe;
+  options.limit = chunks_.limit();
+  options.label_name = &label_name;
+  debug_ = std::make_unique<DebugHeap>(*memory_, options);
+}
+
+void Pool::configure(PoolOptions options) {
+  const Operation operation(*this);
+  if (options.debug != options_.debug || debug_) {
+    const std::size_t held = debug_ ? debug_->active() : usage_.active;
+    if (held != 0) throw LimitTooLow(0, held);
+    collect_graphs();
+    flush_all();
+    chunks_.give_back(most, false);
+  }
+  options_ = options;
+  apply_options();
 }
 
 Pool::~Pool() {
@@ -106,7 +135,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
     count_captures();
     return arena;
   }
-  if (!graphs_.empty()) notice_end_of_capture(state->id);
+  if (!graphs_.empty()) notice_end_of_capture(stream);
   auto found = by_stream_.find(state->id);
   if (found == by_stream_.end()) {
     prune_arenas();
@@ -119,16 +148,16 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
 }
 
 // A request of this stream that is not being captured: no capture on it is in progress.
-void Pool::notice_end_of_capture(std::uint64_t stream_id) noexcept {
+void Pool::notice_end_of_capture(StreamHandle stream) noexcept {
   for (Arena* arena : graphs_) {
-    if (arena->stream_id == stream_id) arena->may_be_capturing = false;
+    if (arena->stream == stream) arena->may_be_capturing = false;
   }
   count_captures();
 }
 
-Arena* Pool::capture_on(std::uint64_t stream_id) noexcept {
+Arena* Pool::capture_on(StreamHandle stream) noexcept {
   for (Arena* arena : graphs_) {
-    if (arena->stream_id == stream_id && arena->may_be_capturing) return arena;
+    if (arena->stream == stream && arena->may_be_capturing) return arena;
   }
   return nullptr;
 }
@@ -217,6 +246,14 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
   return range;
 }
 
+void Pool::unpin(std::size_t bytes) noexcept {
+  if (debug_) {
+    debug_->unpin(bytes);
+  } else {
+    chunks_.unpin(bytes);
+  }
+}
+
 void Pool::hold(std::uint32_t holder, std::size_t bytes) {
   if (holder >= held_.size()) held_.resize(holder + 64);
   held_[holder] += bytes;
@@ -224,7 +261,10 @@ void Pool::hold(std::uint32_t holder, std::size_t bytes) {
 
 Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   if (bytes == 0) return 0;
+  // Before the lock: it takes the interpreter's.
+  std::string stack = debugging() ? capture_python_stack() : std::string();
   const Operation operation(*this);
+  if (debug_) return allocate_in_debug(bytes, tag, stream, std::move(stack));
   const std::uint32_t holder = thread_label() * tag_count + static_cast<std::uint32_t>(tag);
   hold(holder, 0);  // what can fail for want of ordinary memory comes first
   Arena& arena = arena_for(tag, stream);
@@ -256,6 +296,31 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   }
   verify();
   return address;
+}
+
+Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack) {
+  Address address = 0;
+  try {
+    if (bytes <= most / 2) address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
+  } catch (const DeviceFullError&) {
+    throw_out_of_memory(bytes, nullptr, bytes, true);
+  }
+  if (address == 0) throw_out_of_memory(bytes, nullptr, bytes, false);
+  ++allocations_;
+  usage_.request(bytes);
+  if (recorder_) recorder_->allocated(address, bytes, static_cast<std::uint8_t>(tag), thread_label(), stream);
+  usage_.peak_active = std::max(usage_.peak_active, debug_->active());
+  return address;
+}
+
+std::vector<Corruption> Pool::check() {
+  const Operation operation(*this);
+  return debug_ ? debug_->check() : std::vector<Corruption>();
+}
+
+std::vector<AllocationRecord> Pool::live() const {
+  const Operation operation(*this);
+  return debug_ ? debug_->live() : std::vector<AllocationRecord>();
 }
 
 Pool::Found Pool::find(Address address) {
@@ -325,7 +390,23 @@ void Pool::take_back(Found found, Address address, bool keep) {
 
 void Pool::deallocate(Address address, StreamHandle stream) {
   if (address == 0) return;
+  std::string stack = debugging() ? capture_python_stack() : std::string();
   const Operation operation(*this);
+  if (debug_) {
+    const auto finish = [&] {
+      usage_.requested = debug_->requested();
+      ++deallocations_;
+      if (recorder_) recorder_->freed(address);
+    };
+    try {
+      debug_->deallocate(address, std::move(stack));
+    } catch (const CorruptionError&) {  // it was taken back
+      finish();
+      throw;
+    }
+    finish();
+    return;
+  }
   if (!kept_.empty() && kept_.contains(address)) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
@@ -334,19 +415,16 @@ void Pool::deallocate(Address address, StreamHandle stream) {
   Arena* graph = nullptr;
   if (order_ != nullptr && !graphs_.empty()) {
     if (stream != no_stream) {
-      if (const auto state = order_->state(stream); state && state->capture == 0) notice_end_of_capture(state->id);
+      if (const auto state = order_->state(stream); state && state->capture == 0) notice_end_of_capture(stream);
     }
-    if (arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream_id);
+    if (arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
   }
   if (graph != nullptr) {
     graph->kept.push_back(address);
     kept_.insert(address);
   }
   if (recorder_) {
-    recorder_->freed(address,
-                     found.slab != nullptr ? found.slab->objects[found.slab->position(address)].requested
-                                           : found.range->requested,
-                     arena.mode == Arena::Mode::streamless ? no_stream : arena.stream);
+    recorder_->freed(address);
   }
   take_back(found, address, graph != nullptr);
   ++deallocations_;
@@ -357,9 +435,9 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
-  if (!chunks_.pin(pages)) {
+  if (debug_ ? !debug_->pin(pages) : !chunks_.pin(pages)) {
     flush_all();
-    if (!chunks_.pin(pages)) throw_out_of_memory(bytes, nullptr, pages, false);
+    if (debug_ || !chunks_.pin(pages)) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
   try {
@@ -367,7 +445,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
     files_.emplace(address, bytes);
   } catch (...) {
     if (address != 0) memory_->unmap_file(address, bytes);
-    chunks_.unpin(pages);
+    unpin(pages);
     throw;
   }
   file_bytes_ += pages;
@@ -389,7 +467,7 @@ void Pool::unmap_file(Address address) {
   const std::size_t pages = round_up(bytes, page);
   memory_->unmap_file(address, bytes);
   files_.erase(found);
-  chunks_.unpin(pages);
+  unpin(pages);
   file_bytes_ -= pages;
   usage_.active -= pages;
   usage_.requested -= bytes;
@@ -399,6 +477,7 @@ void Pool::unmap_file(Address address) {
 
 std::size_t Pool::trim(std::size_t target) {
   const Operation operation(*this);
+  if (debug_) return debug_->trim(target);
   collect_graphs();
   flush_all();
   const std::size_t reserved = chunks_.reserved();
@@ -409,6 +488,7 @@ std::size_t Pool::trim(std::size_t target) {
 
 void Pool::set_limit(std::size_t limit) {
   const Operation operation(*this);
+  if (debug_ && !debug_->set_limit(limit)) throw LimitTooLow(limit, debug_->active());
   collect_graphs();
   if (chunks_.reserved() > limit) {
     flush_all();
@@ -459,6 +539,14 @@ PoolStats Pool::stats() const {
   std::size_t files = 0;
   for (const auto& [address, bytes] : files_) files += bytes;
   stats.weights -= files;  // counted in pages already
+  if (debug_) {
+    stats.active = debug_->active();
+    stats.reserved = debug_->reserved();
+    stats.idle = stats.reserved - stats.active;
+    stats.peak_reserved = std::max(stats.peak_active, stats.reserved);
+    stats.weights += debug_->active(Tag::weights);
+    stats.slabs = debug_->slabs();
+  }
   stats.arenas = arenas_.size();
   stats.stitches = chunks_.stitches();
   stats.driver_calls = memory_->calls();
@@ -472,6 +560,19 @@ std::vector<Holder> Pool::holders() const {
 
 std::vector<Holder> Pool::holders_locked() const {
   std::vector<Holder> holders;
+  if (debug_) {
+    for (const AllocationRecord& record : debug_->live()) {
+      const std::string label = label_name(record.label);
+      const auto known = std::find_if(holders.begin(), holders.end(), [&](const Holder& each) {
+        return each.label == label && each.tag == record.tag;
+      });
+      if (known != holders.end()) {
+        known->bytes += record.bytes;
+      } else {
+        holders.push_back({label, record.tag, record.bytes});
+      }
+    }
+  }
   for (std::size_t holder = 0; holder < held_.size(); ++holder) {
     if (held_[holder] == 0) continue;
     holders.push_back({label_name(static_cast<std::uint32_t>(holder / tag_count)), static_cast<Tag>(holder % tag_count),
@@ -556,7 +657,14 @@ void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::siz
   record.idle = chunks_.reserved() - usage_.active;
   record.reserved = chunks_.reserved();
   record.limit = chunks_.limit();
-  record.needed_limit = plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
+  if (debug_) {
+    record.active = debug_->active();
+    record.reserved = debug_->reserved();
+    record.idle = record.reserved - record.active;
+    record.needed_limit = requested <= most / 2 ? debug_->needed_limit(requested, Tag::activations) : most;
+  } else {
+    record.needed_limit = plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
+  }
   record.device_free = memory_->free_bytes();
   record.device_full = device_full;
   record.holders = holders_locked();
@@ -573,6 +681,7 @@ void Pool::verify() const {
 }
 
 void Pool::check_locked() const {
+  if (debug_) return debug_->check_invariants();
   const auto require = [](bool holds, const char* invariant) {
     if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
   };

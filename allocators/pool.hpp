@@ -62,6 +62,7 @@
 #include <vector>
 
 #include "arena.hpp"
+#include "debug_heap.hpp"
 #include "process.hpp"
 #include "recorder.hpp"
 #include "virtual_memory.hpp"
@@ -83,6 +84,8 @@ inline constexpr std::size_t tag_count = 3;
 }
 
 struct PoolOptions {
+  enum class Debug : std::uint8_t { off, on, guard };  // debug_heap.hpp; guard: every allocation alone between guards
+  Debug debug = Debug::off;
   // Freed memory is set to zero before anybody else can have it.
   bool wipe = false;
   // For a test that has to show that it can fail: memory is used across streams without waiting.
@@ -206,6 +209,8 @@ class Pool final : private RangeTable, private RangeSource {
   std::size_t trim(std::size_t target = 0);
   // Gives idle chunks back as needed. Throws LimitTooLow, with the old limit in force.
   void set_limit(std::size_t limit);
+  // Changes the options. Throws LimitTooLow, with nothing changed, where memory is in use and debug would change.
+  void configure(PoolOptions options);
   // While this is on, another library may be capturing a CUDA graph on a stream that the pool has never seen: the
   // pool then does nothing that could break that, and waits on the host instead. Calls nest.
   void expect_captures(bool on);
@@ -215,6 +220,10 @@ class Pool final : private RangeTable, private RangeSource {
   // Who holds memory, largest first; all of it adds up to `requested`.
   [[nodiscard]] std::vector<Holder> holders() const;
   void reset_peaks();
+
+  // Debug mode: what was overwritten (throws DriverError), and what is live. Empty without debug.
+  [[nodiscard]] std::vector<Corruption> check();
+  [[nodiscard]] std::vector<AllocationRecord> live() const;
 
   // Records up to `most_events` of what happens from now on; a recording in progress is dropped.
   void start_recording(std::size_t most_events);
@@ -237,8 +246,8 @@ class Pool final : private RangeTable, private RangeSource {
 
   [[nodiscard]] Arena& arena_for(Tag tag, StreamHandle stream);
   [[nodiscard]] Arena& make_arena(Arena::Mode mode, bool weights);
-  void notice_end_of_capture(std::uint64_t stream_id) noexcept;
-  [[nodiscard]] Arena* capture_on(std::uint64_t stream_id) noexcept;
+  void notice_end_of_capture(StreamHandle stream) noexcept;
+  [[nodiscard]] Arena* capture_on(StreamHandle stream) noexcept;
   void count_captures() noexcept;
   void collect_graphs();
   void prune_arenas() noexcept;
@@ -251,6 +260,10 @@ class Pool final : private RangeTable, private RangeSource {
     Slab* slab = nullptr;
   };
   [[nodiscard]] Found find(Address address);
+  [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
+  void apply_options();
+  [[nodiscard]] bool debugging() const noexcept { return options_.debug != PoolOptions::Debug::off; }
+  void unpin(std::size_t bytes) noexcept;
   void take_back(Found found, Address address, bool keep);
   void hold(std::uint32_t holder, std::size_t bytes);
   void wipe(Address address, std::size_t bytes, const Arena& arena);
@@ -261,7 +274,7 @@ class Pool final : private RangeTable, private RangeSource {
 
   ProcessMark process_;
   bool always_verify_;
-  const PoolOptions options_;
+  PoolOptions options_;
   mutable std::mutex mutex_;
   std::unique_ptr<VirtualMemory> memory_;
   StreamOrder* const order_;  // null where there are no streams
@@ -282,6 +295,7 @@ class Pool final : private RangeTable, private RangeSource {
   std::size_t file_bytes_ = 0;                           // rounded up to pages
   std::vector<std::size_t> held_;                        // bytes as asked for, by holder: label * tag_count + tag
   std::unique_ptr<Recorder> recorder_;
+  std::unique_ptr<DebugHeap> debug_;                     // in place of the arenas
   std::uint64_t allocations_ = 0;
   std::uint64_t deallocations_ = 0;
 };

@@ -32,15 +32,18 @@ class Recorder final : public MapObserver {
   explicit Recorder(std::size_t most_events) : most_(most_events) { events_.reserve(std::min<std::size_t>(most_, 4096)); }
 
   void allocated(Address address, std::size_t bytes, std::uint8_t tag, std::uint32_t label, StreamHandle stream) {
-    const std::uint64_t id = ++allocations_;
-    live_[address] = id;
-    add({tag == 1 ? 'r' : 'a', tag, label, now(), id, address, bytes, stream});
+    const TraceEvent event{tag == 1 ? 'r' : 'a', tag, label, now(), ++allocations_, address, bytes, stream};
+    live_[address] = event;
+    add(event);
   }
   // What was allocated before the recording began is not in it, nor is its end.
-  void freed(Address address, std::size_t bytes, StreamHandle stream) {
+  void freed(Address address) {
     const auto found = live_.find(address);
     if (found == live_.end()) return;
-    add({'f', 0, 0, now(), found->second, address, bytes, stream});
+    TraceEvent event = found->second;
+    event.op = 'f';
+    event.time_ns = now();
+    add(event);
     live_.erase(found);
   }
   void mapped(Address address, std::size_t bytes) noexcept override { note('m', address, bytes); }
@@ -66,7 +69,7 @@ class Recorder final : public MapObserver {
   std::size_t most_;
   std::uint64_t allocations_ = 0;
   std::vector<TraceEvent> events_;
-  std::unordered_map<Address, std::uint64_t> live_;
+  std::unordered_map<Address, TraceEvent> live_;
 };
 
 }  // namespace glake
