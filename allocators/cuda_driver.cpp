@@ -227,10 +227,12 @@ void CudaContext::report(CUresult result, const char* attempt, std::size_t bytes
   if (said.exchange(true)) return;
   const char* name = nullptr;
   if (driver.get_error_name(result, &name) != CUDA_SUCCESS || name == nullptr) name = "an unknown error";
+  char amount[32] = "";
+  if (bytes != 0) std::snprintf(amount, sizeof amount, " of %zu bytes", bytes);
   std::fprintf(stderr,
-               "glake-infer: %s of %zu bytes on %s failed: %s. The memory stays held by this process; further failures "
-               "of this kind are not shown.\n",
-               attempt, bytes, name_.c_str(), name);
+               "glake-infer: %s%s on %s failed: %s. What it was to give back stays held by this process; further "
+               "failures of this kind are not shown.\n",
+               attempt, amount, name_.c_str(), name);
 }
 
 }  // namespace glake
