@@ -5,7 +5,8 @@
 // order of the struct's fields, in its versions 22 (up to 300, where it has 318 fields), 23 (390 fields) and 24;
 // ONNX Runtime pins the counts itself (static_assert in onnxruntime_c_api.cc: version 1 ends at 101 with
 // ReleaseCustomOpDomain, version 22 at 317 with GetEpApi, version 23 at 389 with CreateExternalInitializerInfo). The
-// tests call them in the version that is installed. Building needs no copy of that header, and one build serves every
+// tests call them in the version that is installed (done with 1.24.4, 1.27.0, 1.31.1 and 1.32.0). Building needs no
+// copy of that header, and one build serves every
 // version of ONNX Runtime from `oldest_api` on.
 #pragma once
 
