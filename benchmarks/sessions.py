@@ -62,7 +62,8 @@ def child(side: str, device: str) -> None:
     from glake_infer.allocators import import_onnxruntime
 
     index = int(device.partition(":")[2] or 0)
-    runtime.cudaSetDevice(index)
+    (error,) = runtime.cudaSetDevice(index)
+    assert error == 0, error
     runtime.cudaFree(0)
     ort = import_onnxruntime()
     pool = Pool(device) if side == "ours" else None
@@ -90,7 +91,8 @@ def child(side: str, device: str) -> None:
         elif command == "pool":
             answer = pool._open().stats() if pool is not None else {}
         elif command == "free":
-            answer = runtime.cudaMemGetInfo()[1]
+            error, answer, _ = runtime.cudaMemGetInfo()
+            assert error == 0, error
         elif command == "unload":
             session = None
             if pool is not None:
