@@ -168,11 +168,13 @@ def test_events_that_the_segments_do_not_bear_out_are_left_out():
         event("a", 100 * MiB, 10, 1),
         event("f", 100 * MiB, 10, 1),
         event("a", 50 * MiB, 10, 2),  # alive, they say, and in no segment
-        event("u", 2 * MiB, 2 * MiB),  # still mapped
+        event("u", 2 * MiB, 2 * MiB),
         *EVENTS,
+        event("u", 2 * MiB, MiB),  # still mapped
     ]
     found = Snapshot(NATIVE, Recording(Recorder(strange)).stop().events).memory_viz()
-    assert page(found) == ([[BASE + 2 * MiB, BASE + 4 * MiB]], {}) or page(found) == ([], {})
+    # Before the mapping of all 8 MiB, 2 of them were unmapped; that and all that came after it is borne out.
+    assert page(found) == ([[BASE + 2 * MiB, BASE + 4 * MiB]], {})
     assert BASE + 100 * MiB not in {e["addr"] for e in found["device_traces"][0]}
 
 
