@@ -191,8 +191,7 @@ OrtAllocator* ort_session_allocator(std::span<const char> model, const std::stri
           table[8]);
   const auto create_options = reinterpret_cast<OrtStatus* (*)(OrtSessionOptions**)>(table[10]);
   const auto release_options = reinterpret_cast<void (*)(OrtSessionOptions*)>(table[100]);
-  const auto add_entry =
-      reinterpret_cast<OrtStatus* (*)(OrtSessionOptions*, const char*, const char*)>(table[130]);
+  const auto add_entry = reinterpret_cast<OrtStatus* (*)(OrtSessionOptions*, const char*, const char*)>(table[130]);
   const auto create_allocator =
       reinterpret_cast<OrtStatus* (*)(const Session*, const OrtMemoryInfo*, OrtAllocator**)>(table[131]);
   const auto append_cuda = reinterpret_cast<OrtStatus* (*)(OrtSessionOptions*, const CudaOptions*)>(table[204]);
@@ -302,8 +301,7 @@ CudaAsync::CudaAsync(int device) : driver_(std::make_unique<Driver>()) {
   void* context = nullptr;
   driver.check(retain(&context, driver.device), "cuDevicePrimaryCtxRetain");
   driver.check(set_current(context), "cuCtxSetCurrent");
-  const Driver::PoolProperties properties{
-      Driver::pinned, 0, Driver::on_device, driver.device, nullptr, 0, {}};
+  const Driver::PoolProperties properties{Driver::pinned, 0, Driver::on_device, driver.device, nullptr, 0, {}};
   driver.check(pool_create(&driver.pool, &properties), "cuMemPoolCreate");
   std::uint64_t keep = std::numeric_limits<std::uint64_t>::max();
   driver.check(set(driver.pool, Driver::release_threshold, &keep), "cuMemPoolSetAttribute");

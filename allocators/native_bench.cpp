@@ -86,11 +86,11 @@ void bind_bench(nb::module_& module) {
       .def(nb::init<int>(), "device"_a)
       .def("make_stream", &CudaAsync::make_stream)
       .def(
-          "face", [](CudaAsync& self, std::uintptr_t stream) { return reinterpret_cast<std::uintptr_t>(self.face(stream)); },
+          "face",
+          [](CudaAsync& self, std::uintptr_t stream) { return reinterpret_cast<std::uintptr_t>(self.face(stream)); },
           "stream"_a)
       .def("replay", &on_cuda_async, nb::keep_alive<0, 1>());
-  module.def(
-      "replay_on_pool", [](Pool& pool) { return glake::replay_on(pool); }, "pool"_a, nb::keep_alive<0, 1>());
+  module.def("replay_on_pool", [](Pool& pool) { return glake::replay_on(pool); }, "pool"_a, nb::keep_alive<0, 1>());
   module.def("replay_on_malloc", &glake::replay_on_malloc);
   module.def(
       "replay_on_ort",
@@ -104,9 +104,9 @@ void bind_bench(nb::module_& module) {
       },
       "model"_a, "device"_a, "index"_a, "shared"_a,
       "The address of the OrtAllocator of a session that is made for it and stays.");
-  module.def("replay", &run, "allocator"_a, "operations"_a, "slots"_a, "bytes"_a, "streams"_a, "handles"_a, "repeat"_a,
+  module.def("replay", &run, "allocator"_a, "operations"_a, "slots"_a, "sizes"_a, "streams"_a, "handles"_a, "repeat"_a,
              "between"_a = nb::none(),
-             nb::sig("def replay(allocator: ReplayAllocator, operations: object, slots: object, bytes: object, "
+             nb::sig("def replay(allocator: ReplayAllocator, operations: object, slots: object, sizes: object, "
                      "streams: object, handles: list[int], repeat: int, between: object = None) -> "
                      "dict[str, int | float | str]"));
   module.def(
@@ -116,6 +116,6 @@ void bind_bench(nb::module_& module) {
         for (const std::uintptr_t address : allocators) faces.push_back(reinterpret_cast<OrtAllocator*>(address));
         return glake::time_pairs(faces, bytes, pairs, rounds);
       },
-      "allocators"_a, "bytes"_a, "pairs"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "allocators"_a, "size"_a, "pairs"_a, "rounds"_a, nb::call_guard<nb::gil_scoped_release>(),
       "Nanoseconds of an Alloc and a Free through each OrtAllocator, medians of alternating rounds.");
 }

@@ -25,7 +25,9 @@ from .errors import (
     PoolExistsError,
     PoolInUseError,
 )
+from .recording import MOST_EVENTS, Recording
 from .sizes import format_bytes, parse_bytes
+from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -256,6 +258,23 @@ class Pool:
         Returns the bytes given back. Memory that is active is never touched.
         """
         return self._open().trim(parse_bytes(target))
+
+    def record(self, most_events: int = MOST_EVENTS) -> Recording:
+        """Begin to record what this pool is asked for; end it with `stop()` or as a `with`.
+
+        The pool has one recording at a time. Every allocation costs a little more meanwhile (a clock is read).
+
+        Raises `InputError` if `most_events` is no positive number.
+        """
+        return Recording(self._open(), most_events)
+
+    def snapshot(self, recording: Recording | None = None) -> Snapshot:
+        """Return a picture of the address space; `save("x.pickle")` writes it for pytorch.org/memory_viz.
+
+        recording: one that ended right before, whose events go into the file. Raises `InputError` if it goes on.
+        """
+        events = () if recording is None else recording.events
+        return Snapshot(self._open().snapshot(), events, self._device)
 
     @property
     def limit(self) -> int:

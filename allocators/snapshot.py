@@ -81,7 +81,9 @@ class Snapshot:
         """Write the file for memory_viz; its name must end with `.pickle`. Raises `InputError`, OSError."""
         path = Path(path)
         if path.suffix != ".pickle":
-            raise InputError(f"the snapshot cannot be saved as {path.name!r}: expected a name that ends with .pickle")
+            raise InputError(
+                f"the snapshot cannot be saved as {path.name!r}: expected a name that ends with .pickle"
+            )
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             # The page's reader of pickles knows protocols up to 4.
@@ -95,7 +97,9 @@ class Snapshot:
 def _segment(found: Mapping[str, Any]) -> Segment:
     ranges = sorted(
         (
-            Range(r["address"], r["bytes"], r["requested"], r["state"], r.get("tag") or "", r.get("label") or "")
+            Range(
+                r["address"], r["bytes"], r["requested"], r["state"], r.get("tag") or "", r.get("label") or ""
+            )
             for r in found["ranges"]
         ),
         key=lambda r: r.address,
@@ -113,7 +117,7 @@ def _frames(*names: str) -> list[dict[str, Any]]:
 
 
 def _viz_segment(segment: Segment) -> dict[str, Any]:
-    blocks = []
+    blocks: list[dict[str, Any]] = []
     end = segment.address
 
     def idle(upto: int) -> None:
@@ -136,15 +140,15 @@ def _viz_segment(segment: Segment) -> dict[str, Any]:
         )
         end = r.address + r.bytes
     idle(segment.address + segment.bytes)
-    active = [block for block in blocks if block["state"] == "active_allocated"]
-    used = sum(block["size"] for block in active)
+    in_use = [block for block in blocks if block["state"] == "active_allocated"]
+    used = sum(block["size"] for block in in_use)
     return {
         "device": 0,
         "address": segment.address,
         "total_size": segment.bytes,
         "allocated_size": used,
         "active_size": used,
-        "requested_size": sum(block["requested_size"] for block in active),
+        "requested_size": sum(block["requested_size"] for block in in_use),
         "stream": _stream(segment.stream),
         "segment_type": "small" if segment.kind in ("small", "slab", "slabs") else "large",
         "segment_pool_id": (0, 0),

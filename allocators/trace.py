@@ -70,7 +70,11 @@ class Trace:
     def steps(self) -> Iterator[Step]:
         """Give the lines again; the slots are their ids."""
         for operation, slot, size, stream in zip(
-            self.operations.tolist(), self.slots.tolist(), self.bytes.tolist(), self.streams.tolist(), strict=True
+            self.operations.tolist(),
+            self.slots.tolist(),
+            self.bytes.tolist(),
+            self.streams.tolist(),
+            strict=True,
         ):
             yield Step(chr(operation), slot, size, stream)
 
@@ -95,7 +99,9 @@ def read(path: str | os.PathLike[str]) -> Trace:
         ) from error
 
 
-def write(path: str | os.PathLike[str], steps: Iterable[Step | tuple[str, int, int, int]], comment: str = "") -> Path:
+def write(
+    path: str | os.PathLike[str], steps: Iterable[Step | tuple[str, int, int, int]], comment: str = ""
+) -> Path:
     """Write a trace, compressed where the name ends with `.gz`; an existing file is replaced at the end.
 
     Raises OSError, with nothing left behind.
@@ -143,7 +149,9 @@ def _from_lines(path: Path, lines: Iterable[str]) -> Trace:
     live = peak = allocations = made = 0
 
     def bad(number: int, what: str, line: str) -> InputError:
-        return InputError(f"trace {path}, line {number}: {what}. Received {line.strip()[:80]!r}; expected {FORMAT}.")
+        return InputError(
+            f"trace {path}, line {number}: {what}. Received {line.strip()[:80]!r}; expected {FORMAT}."
+        )
 
     for number, line in enumerate(lines, 1):
         if line.startswith("#") or not line.strip():
@@ -162,10 +170,14 @@ def _from_lines(path: Path, lines: Iterable[str]) -> Trace:
             raise bad(number, "id and bytes are at least 0 (bytes below 2**62), a stream at least -1", line)
         if operation == "f":
             if name not in alive:
-                raise bad(number, f"id {name} is freed and not alive: it was freed before, or never allocated", line)
+                raise bad(
+                    number, f"id {name} is freed and not alive: it was freed before, or never allocated", line
+                )
             slot, asked = alive.pop(name)
             if size not in (0, asked):
-                raise bad(number, f"id {name} was allocated with {asked} bytes, a free repeats them or says 0", line)
+                raise bad(
+                    number, f"id {name} was allocated with {asked} bytes, a free repeats them or says 0", line
+                )
             unused.append(slot)
             live -= asked
             size = asked

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("family", "real_models", "int8")
+NAMES = ("family", "real_models", "int8", "pool", "traces")
 
 
 def main() -> None:

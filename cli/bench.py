@@ -11,7 +11,6 @@ from glake_infer.cli import output
 from glake_infer.cli.errors import command
 from glake_infer.cli.group import Group
 
-
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="What the parts cost here, beside what a user would run instead."
 )

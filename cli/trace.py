@@ -61,7 +61,7 @@ def replay(
     for name in chosen:
         twins.check(name, device)
     bound = None if limit is None else parse_bytes(limit)
-    reports = []
+    reports: list[ReplayReport] = []
     total = len(traces) * len(chosen)
     with output.progress("replaying") as progress:
         for path in traces:
@@ -99,7 +99,9 @@ def plot(
     ],
     target: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="FILE", help="The picture: X.png or X.svg.", show_default=False),
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The picture: X.png or X.svg.", show_default=False
+        ),
     ],
     allocator: Annotated[str, typer.Option(metavar="NAME", help="Only glake shows its addresses.")] = "glake",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
@@ -109,7 +111,9 @@ def plot(
     from glake_infer.models.trace_plot import plot as draw
 
     if allocator != "glake":
-        fail(f"--allocator {allocator}: only glake can be drawn. Compare others with `glake-infer trace replay`.")
+        fail(
+            f"--allocator {allocator}: only glake can be drawn. Compare others with `glake-infer trace replay`."
+        )
     with output.progress("replaying") as progress:
         report = draw(trace, target, device=device, progress=progress)
     if json:

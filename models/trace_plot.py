@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glake_infer.allocators.errors import GlakeError, InputError, MissingDependencyError
+from glake_infer.allocators.errors import InputError, MissingDependencyError
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.allocators.snapshot import Snapshot
@@ -80,7 +80,9 @@ def plot(
     """
     target = Path(target)
     if target.suffix.lower() not in FORMATS:
-        raise InputError(f"{target.name!r} cannot be drawn: expected a name that ends with {', '.join(FORMATS)}")
+        raise InputError(
+            f"{target.name!r} cannot be drawn: expected a name that ends with {', '.join(FORMATS)}"
+        )
     _matplotlib()
     found = read(trace)
     samples, snapshot, moment, stats = sample(found, device, progress)
@@ -148,21 +150,13 @@ def sample(
                     if progress is not None:
                         progress(trace.name, number, len(trace))
                 if number == moment:
-                    snapshot = _snapshot(pool)
+                    snapshot = pool.snapshot()
             stats = pool.stats()
         finally:
             for address in taken.values():
                 pool.deallocate(address)
     columns = [tuple(column) for column in zip(*rows, strict=True)] or [(), (), (), ()]
     return Samples(*columns), snapshot, moment, (stats.peak_active, stats.peak_reserved)
-
-
-def _snapshot(pool: Pool) -> Snapshot:
-    take = getattr(pool, "snapshot", None)
-    if take is None:
-        raise GlakeError("this pool has no snapshot()")
-    found: Snapshot = take()
-    return found
 
 
 def draw(trace: Trace, samples: Samples, snapshot: Snapshot, moment: int, target: Path) -> None:
@@ -193,8 +187,8 @@ def _draw_time(axes: Axes, samples: Samples, moment: int) -> None:
         (samples.active, "#f28e2c", "active"),
         (samples.requested, "#1f4e79", "requested"),
     ):
-        top = format_bytes(max(values, default=0))
-        axes.plot(calls, scaled(values), color=colour, linewidth=1.1, drawstyle="steps-post", label=f"{label} (peak {top})")
+        label = f"{label}, at most {max(values, default=0) / unit:.2f} {name}"
+        axes.plot(calls, scaled(values), color=colour, linewidth=1.1, drawstyle="steps-post", label=label)
     axes.axvline(moment, color="#e15759", linewidth=1, linestyle="--")
     axes.annotate("peak, shown below", (moment, 1), xycoords=("data", "axes fraction"), color="#e15759", fontsize=9,
                   xytext=(4, -11), textcoords="offset points")  # fmt: skip
@@ -253,9 +247,15 @@ def _draw_space(axes: Axes, snapshot: Snapshot, moment: int) -> None:
     rows = max(1, -(-total // row))
     axes.set_xlim(0, row / unit)
     axes.set_ylim(rows, 0)
-    axes.set_yticks([line + 0.5 for line in range(rows)], [format_bytes(line * row) for line in range(rows)], fontsize=8)
+    axes.set_yticks(
+        [line + 0.5 for line in range(rows)], [format_bytes(line * row) for line in range(rows)], fontsize=8
+    )
     axes.set_xlabel(f"{name} from the start of the row; a black line begins a segment")
     axes.set_title(
-        f"Addresses after call {moment:,}: {len(snapshot.segments)} segments, one behind the other", loc="left", fontsize=11
+        f"Addresses after call {moment:,}: {len(snapshot.segments)} segments, one behind the other",
+        loc="left",
+        fontsize=11,
     )
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=9, frameon=False)
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=9, frameon=False
+    )

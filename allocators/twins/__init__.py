@@ -164,9 +164,10 @@ def replay(
     }
     environment = dict(os.environ)
     if allocator.startswith("torch"):
-        expandable = allocator == "torch-expandable"
-        environment["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{expandable}"
-        environment.pop("PYTORCH_ALLOC_CONF", None)
+        setting = f"expandable_segments:{allocator == 'torch-expandable'}"
+        environment["PYTORCH_ALLOC_CONF"] = environment["PYTORCH_CUDA_ALLOC_CONF"] = (
+            setting  # the new and the old name
+        )
     command = [sys.executable, "-m", "glake_infer.allocators.twins", json.dumps(request)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = done.stdout.splitlines()

@@ -37,7 +37,9 @@ class PairReport:
     rounds: int
 
 
-def time_pool(device: str = "cpu", *, sizes: tuple[int, ...] = SIZES, rounds: int = ROUNDS) -> list[PairReport]:
+def time_pool(
+    device: str = "cpu", *, sizes: tuple[int, ...] = SIZES, rounds: int = ROUNDS
+) -> list[PairReport]:
     """Time pairs of Alloc and Free of the device's pool and of its twin.
 
     The device's pool is made if there is none. Raises `MissingDependencyError` (the twin on the CPU is ONNX

@@ -171,7 +171,9 @@ def _async(trace: Trace, kind: str, index: int, repeat: int, limit: int | None) 
     twin = _cuda_async(index)
     handles = [twin.make_stream() for _ in range(trace.stream_count)]
     found = _native_replay(twin.replay(), trace, handles, repeat)
-    return Run(found["peak_reserved"], found["seconds"], found["all_seconds"], peak_active=found["peak_active"])
+    return Run(
+        found["peak_reserved"], found["seconds"], found["all_seconds"], peak_active=found["peak_active"]
+    )
 
 
 class _Python(Protocol):
@@ -260,8 +262,10 @@ class _RmmTwin:
     def _stream(self, handle: int) -> Any:
         if handle not in self._streams:
             wrapped = type("Stream", (), {"__cuda_stream__": lambda self: (0, handle)})()
-            self._streams[handle] = self._rmm.pylibrmm.stream.Stream(wrapped) if handle else (
-                self._rmm.pylibrmm.stream.DEFAULT_STREAM
+            self._streams[handle] = (
+                self._rmm.pylibrmm.stream.Stream(wrapped)
+                if handle
+                else (self._rmm.pylibrmm.stream.DEFAULT_STREAM)
             )
         return self._streams[handle]
 

@@ -52,9 +52,7 @@ def test_a_recording_is_a_trace(tmp_path):
     assert recording.events[2] == Event("a", 3000, BASE + 4 * MiB, 3 * MiB, 0xABC, "activations", "bert", 42)
     assert not recording.truncated
     path = recording.save(tmp_path / "x.trace")
-    assert path.read_text() == (
-        f"r 0 100 -1\na 1 {3 * MiB} 0\nf 0 100 -1\na 2 60 1\nf 2 60 1\n"
-    )
+    assert path.read_text() == (f"r 0 100 -1\na 1 {3 * MiB} 0\nf 0 100 -1\na 2 60 1\nf 2 60 1\n")
     assert trace.read(path).peak_requested == recording.trace().peak_requested == 3 * MiB + 100
 
 
@@ -142,7 +140,11 @@ def test_a_snapshot_is_one_that_memory_viz_reads(tmp_path):
     found = pickle.loads(path.read_bytes())
     (only,) = found["segments"]
     assert (only["address"], only["total_size"], only["stream"]) == (BASE, 8 * MiB, 0xABC)
-    assert (only["allocated_size"], only["active_size"], only["requested_size"]) == (3 * MiB, 3 * MiB, 3 * MiB - 5)
+    assert (only["allocated_size"], only["active_size"], only["requested_size"]) == (
+        3 * MiB,
+        3 * MiB,
+        3 * MiB - 5,
+    )
     assert (only["device"], only["segment_type"]) == (0, "large")
     assert [(b["size"], b["state"]) for b in only["blocks"]] == [
         (4 * MiB, "inactive"),
@@ -166,11 +168,13 @@ def test_events_that_the_segments_do_not_bear_out_are_left_out():
         event("a", 100 * MiB, 10, 1),
         event("f", 100 * MiB, 10, 1),
         event("a", 50 * MiB, 10, 2),  # alive, they say, and in no segment
-        event("u", 2 * MiB, 2 * MiB),  # still mapped
+        event("u", 2 * MiB, 2 * MiB),
         *EVENTS,
+        event("u", 2 * MiB, MiB),  # still mapped
     ]
     found = Snapshot(NATIVE, Recording(Recorder(strange)).stop().events).memory_viz()
-    assert page(found) == ([[BASE + 2 * MiB, BASE + 4 * MiB]], {}) or page(found) == ([], {})
+    # Before the mapping of all 8 MiB, 2 of them were unmapped; that and all that came after it is borne out.
+    assert page(found) == ([[BASE + 2 * MiB, BASE + 4 * MiB]], {})
     assert BASE + 100 * MiB not in {e["addr"] for e in found["device_traces"][0]}
 
 

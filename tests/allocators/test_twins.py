@@ -5,7 +5,15 @@ import random
 import numpy as np
 import pytest
 
-from glake_infer.allocators import DeviceNotFoundError, GlakeError, InputError, MissingDependencyError, _native, trace, twins
+from glake_infer.allocators import (
+    DeviceNotFoundError,
+    GlakeError,
+    InputError,
+    MissingDependencyError,
+    _native,
+    trace,
+    twins,
+)
 
 MiB = 1 << 20
 
@@ -65,7 +73,9 @@ def test_what_malloc_gave_back_counts_at_its_peak(tmp_path):
 
 
 def test_the_limit_ends_a_replay_with_the_step(path):
-    with pytest.raises(GlakeError, match=r"the replay of mixed ended at its operation \d+ of \d+, a request of"):
+    with pytest.raises(
+        GlakeError, match=r"the replay of mixed ended at its operation \d+ of \d+, a request of"
+    ):
         twins.replay(path, limit=8 * MiB)
 
 
@@ -77,7 +87,9 @@ def test_a_steady_state_makes_no_driver_calls(tmp_path):
 
 
 def test_names_are_checked(path):
-    with pytest.raises(InputError, match="there is no allocator 'nothing' for device 'cpu': choose from glake, ort-arena"):
+    with pytest.raises(
+        InputError, match="there is no allocator 'nothing' for device 'cpu': choose from glake, ort-arena"
+    ):
         twins.replay(path, "nothing")
     with pytest.raises(InputError, match="there is no allocator 'malloc' for device 'cuda:0'"):
         twins.replay(path, "malloc", "cuda:0")

@@ -10,6 +10,7 @@ import pytest
 COMMANDS = [
     [], ["convert"], ["run"], ["inspect"], ["export"], ["import"], ["zoo"], ["demo"], ["doctor"],
     ["store"], ["store", "ls"], ["store", "verify"], ["store", "gc"],
+    ["trace"], ["trace", "replay"], ["trace", "plot"], ["bench"], ["bench", "pool"],
 ]  # fmt: skip
 HEAVY = [
     "cuda",
@@ -41,7 +42,7 @@ def test_help_imports_nothing_heavy_and_fits(shop, fits, command):
     )  # fmt: skip
     assert done.stderr == "HEAVY []\n"
     assert "Usage: glake-infer " + " ".join(command) in done.stdout
-    assert ("--json" in done.stdout) == (command not in ([], ["store"]))
+    assert ("--json" in done.stdout) == (command not in ([], ["store"], ["trace"], ["bench"]))
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
 
 

@@ -17,7 +17,9 @@ def path(tmp_path):
 
 def test_replay_prints_one_line_per_trace_and_allocator(shop, path, tmp_path):
     other = trace.write(tmp_path / "other.trace", STEPS[:1])
-    out, err = shop.run("trace", "replay", path, other, "--allocator", "glake,malloc", "--repeat", "2", "--json")
+    out, err = shop.run(
+        "trace", "replay", path, other, "--allocator", "glake,malloc", "--repeat", "2", "--json"
+    )
     assert err == ""
     reports = [json.loads(line) for line in out.splitlines()]
     assert [(r["trace"], r["allocator"]) for r in reports] == [
