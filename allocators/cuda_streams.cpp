@@ -37,6 +37,19 @@ void CUDA_CB graph_is_gone(void* pointer) {
 
 }  // namespace
 
+CudaStreams::~CudaStreams() {
+  if (own_ == nullptr || process_.is_child()) return;
+  context_->report(context_->driver.stream_destroy(own_), "destroying a stream (cuStreamDestroy)", 0);
+}
+
+StreamHandle CudaStreams::own_stream() {
+  if (own_ == nullptr) {
+    const CurrentContext current(*context_);
+    context_->check(context_->driver.stream_create(&own_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  }
+  return reinterpret_cast<StreamHandle>(own_);
+}
+
 std::optional<StreamState> CudaStreams::state(StreamHandle stream) noexcept {
   if (stream == no_stream) return std::nullopt;
   const CudaDriver& driver = context_->driver;

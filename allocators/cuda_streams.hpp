@@ -34,6 +34,7 @@ class CudaStreams final : public StreamOrder {
   static constexpr std::uint64_t implicit_capture = ~std::uint64_t{0};
 
   explicit CudaStreams(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
+  ~CudaStreams() override;
 
   // 0 and 1 are the legacy default stream, 2 the calling thread's own default stream. Undefined for the handle of a
   // stream that was destroyed (see above).
@@ -46,6 +47,7 @@ class CudaStreams final : public StreamOrder {
   [[nodiscard]] bool finished(EventHandle event) override;
   void synchronize(EventHandle event) override;
   [[nodiscard]] bool synchronize_all() override;
+  [[nodiscard]] StreamHandle own_stream() override;
   void watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) override;
 
  private:
@@ -61,6 +63,7 @@ class CudaStreams final : public StreamOrder {
   std::unordered_set<std::uint64_t> ours_;                                    // ids of streams of this context
   std::map<std::pair<std::uint64_t, StreamHandle>, std::uint64_t> captured_;  // (capture, stream) -> id
   std::uint64_t made_ids_ = 0;
+  CUstream own_ = nullptr;  // made at first use
 };
 
 }  // namespace glake

@@ -24,7 +24,7 @@ Messages say what happened, what was received, what was expected, and what to do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import partial
 
 from .sizes import format_bytes
@@ -60,7 +60,8 @@ class OutOfMemoryError(GlakeError, MemoryError):
 
     Attributes, in bytes at the moment of the failure: `requested`, `active`, `idle`, `reserved`,
     `limit`, `device_free`; `needed_limit`, the smallest limit with which this request would have
-    passed; `holders`, the active bytes by tag ("weights", "activations"). For a request of ONNX
+    passed; `holders`, who holds memory, as (label, tag, bytes as asked for), the largest first;
+    `device_full`, whether the limit had room but the device had none. For a request of ONNX
     Runtime's `sequence` numbers the failures of this process from 1 on, and `thread` is the native id
     of the thread that asked; else both are 0.
     """
@@ -75,7 +76,8 @@ class OutOfMemoryError(GlakeError, MemoryError):
         limit: int,
         needed_limit: int,
         device_free: int,
-        holders: Mapping[str, int],
+        holders: Iterable[tuple[str, str, int]],
+        device_full: bool = False,
     ) -> None:
         self.requested = requested
         self.active = active
@@ -84,24 +86,36 @@ class OutOfMemoryError(GlakeError, MemoryError):
         self.limit = limit
         self.needed_limit = needed_limit
         self.device_free = device_free
-        self.holders = dict(holders)
+        self.holders = [tuple(holder) for holder in holders]
+        self.device_full = device_full
         self.sequence = 0
         self.thread = 0
-        held = sorted(self.holders.items(), key=lambda item: -item[1])
+        largest = [
+            f"{f'{label}: ' if label else ''}{tag} {format_bytes(size)}" for label, tag, size in self.holders[:5]
+        ]
+        if len(self.holders) > 5:
+            rest = sum(size for _, _, size in self.holders[5:])
+            largest.append(f"{len(self.holders) - 5} more {format_bytes(rest)}")
+        remedy = (
+            "The limit has room, but the device has none: other processes, or memory of this process outside the "
+            "pool, hold the rest (`nvidia-smi` lists the processes). End them, or close sessions."
+            if device_full
+            else f"This request would have passed with a limit of {needed_limit} bytes "
+            f"({format_bytes(needed_limit)}): raise pool.limit, close sessions, or use smaller inputs."
+        )
         super().__init__(
             f"out of memory: {format_bytes(requested)} ({requested} bytes) were requested from a pool with a "
             f"limit of {format_bytes(limit)}, of which {format_bytes(active)} are active "
-            f"({', '.join(f'{tag} {format_bytes(size)}' for tag, size in held)}); "
-            f"{format_bytes(idle)} more are idle and would have been used; the device has "
-            f"{format_bytes(device_free)} free. This request would have passed with a limit of "
-            f"{needed_limit} bytes ({format_bytes(needed_limit)}): raise pool.limit, close sessions, or use "
-            "smaller inputs."
+            f"({', '.join(largest) or 'nothing'}); "
+            f"{format_bytes(idle)} more are idle and were of no use; the device has "
+            f"{format_bytes(device_free)} free. {remedy}"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
         names = (
             "requested", "active", "idle", "reserved", "limit", "needed_limit", "device_free", "holders",
+            "device_full",
         )  # fmt: skip
         again = partial(type(self), **{name: getattr(self, name) for name in names})
         return again, (), {"sequence": self.sequence, "thread": self.thread}

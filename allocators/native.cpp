@@ -1,18 +1,21 @@
 // _native: the Python face of the native core. Python's own Pool (pool.py) is a handle over it.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "host_memory.hpp"
+#include "labels.hpp"
 #include "native_debug.hpp"
 #include "native_devices.hpp"
-#include "ort_attach.hpp"
 #include "native_errors.hpp"
 #include "native_parts.hpp"
 #include "pool.hpp"
+#include "simulated_streams.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -21,6 +24,8 @@ namespace {
 
 using glake::Address;
 using glake::Pool;
+using glake::PoolOptions;
+using glake::StreamHandle;
 using glake::Tag;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
@@ -28,8 +33,26 @@ Tag parse_tag(const std::string& name) {
   for (std::size_t tag = 0; tag < glake::tag_count; ++tag) {
     if (name == glake::tag_name(static_cast<Tag>(tag))) return static_cast<Tag>(tag);
   }
-  throw nb::value_error(("unknown tag '" + name + "': expected 'activations' or 'weights'").c_str());
+  throw nb::value_error(
+      ("unknown tag '" + name + "': expected 'activations', 'weights' or 'workspace'").c_str());
 }
+
+PoolOptions parse_options(const std::string& debug, bool wipe, bool ignore_streams) {
+  PoolOptions options;
+  options.wipe = wipe;
+  options.ignore_streams = ignore_streams;
+  if (debug == "on") {
+    options.debug = PoolOptions::Debug::on;
+  } else if (debug == "guard") {
+    options.debug = PoolOptions::Debug::guard;
+  } else if (debug != "off") {
+    throw nb::value_error(("unknown debug mode '" + debug + "': expected 'off', 'on' or 'guard'").c_str());
+  }
+  return options;
+}
+
+// -1 stands for "no stream" in Python.
+std::int64_t to_python(StreamHandle stream) { return static_cast<std::int64_t>(stream); }
 
 nb::dict stats(const Pool& pool) {
   glake::PoolStats stats;
@@ -44,30 +67,89 @@ nb::dict stats(const Pool& pool) {
   fields["peak_active"] = stats.peak_active;
   fields["peak_reserved"] = stats.peak_reserved;
   fields["requested"] = stats.requested;
+  fields["peak_requested"] = stats.peak_requested;
   fields["limit"] = stats.limit;
   fields["weights"] = stats.weights;
   fields["mapped_files"] = stats.mapped_files;
   fields["allocations"] = stats.allocations;
   fields["deallocations"] = stats.deallocations;
   fields["chunks"] = stats.chunks;
-  fields["blocks"] = stats.blocks;
-  fields["stitched_blocks"] = stats.stitched_blocks;
+  fields["mappings"] = stats.mappings;
+  fields["ranges"] = stats.ranges;
   fields["slabs"] = stats.slabs;
+  fields["arenas"] = stats.arenas;
+  fields["stitches"] = stats.stitches;
   fields["driver_calls"] = stats.driver_calls;
   return fields;
 }
 
-thread_local std::string thread_label;
+nb::list holders(const Pool& pool) {
+  std::vector<glake::Holder> holders;
+  {
+    const nb::gil_scoped_release unlocked;
+    holders = pool.holders();
+  }
+  nb::list list;
+  for (const glake::Holder& holder : holders) {
+    list.append(nb::make_tuple(holder.label, glake::tag_name(holder.tag), holder.bytes));
+  }
+  return list;
+}
+
+nb::list stop_recording(Pool& pool) {
+  std::vector<glake::TraceEvent> events;
+  {
+    const nb::gil_scoped_release unlocked;
+    events = pool.stop_recording();
+  }
+  nb::list list;
+  for (const glake::TraceEvent& event : events) {
+    list.append(nb::make_tuple(std::string(1, event.op), event.time_ns, event.address, event.bytes,
+                               to_python(event.stream), glake::tag_name(static_cast<Tag>(event.tag)),
+                               glake::label_name(event.label), event.id));
+  }
+  return list;
+}
+
+nb::dict snapshot(const Pool& pool) {
+  std::vector<glake::SegmentView> views;
+  {
+    const nb::gil_scoped_release unlocked;
+    views = pool.snapshot();
+  }
+  nb::list segments;
+  for (const glake::SegmentView& view : views) {
+    nb::list ranges;
+    for (const glake::RangeView& range : view.ranges) {
+      nb::dict fields;
+      fields["address"] = range.address;
+      fields["bytes"] = range.bytes;
+      fields["requested"] = range.requested;
+      fields["state"] = range.state;
+      fields["tag"] = glake::tag_name(range.tag);
+      fields["label"] = range.label;
+      ranges.append(fields);
+    }
+    nb::dict fields;
+    fields["address"] = view.address;
+    fields["bytes"] = view.bytes;
+    fields["kind"] = view.kind;
+    fields["arena"] = view.arena;
+    fields["stream"] = to_python(view.stream);
+    fields["ranges"] = ranges;
+    segments.append(fields);
+  }
+  nb::dict all;
+  all["segments"] = segments;
+  return all;
+}
 
 }  // namespace
 
-void bind_bench(nb::module_& module);  // native_bench.cpp
-
 NB_MODULE(_native, module) {
   module.doc() = "The native core of glake_infer.allocators. Private: use glake_infer.Pool.";
-  nb::register_exception_translator(translate);
-  bind_devices(module);
   nb::register_exception_translator(glake::python::translate);
+  bind_devices(module);
   bind_debug(module);
 
   nb::class_<Pool>(module, "Pool", "A pool of host memory of its own. The pool of a device is device_pool().")
@@ -75,54 +157,60 @@ NB_MODULE(_native, module) {
           "__init__",
           [](Pool* self, std::size_t limit) { new (self) Pool(std::make_unique<glake::HostMemory>(), limit); },
           "limit"_a)
+      .def_static(
+          "simulated",
+          [](std::shared_ptr<glake::SimulatedStreams> device, std::size_t limit) {
+            return std::make_unique<Pool>(glake::make_simulated_device(std::move(device)), limit);
+          },
+          "device"_a, "limit"_a, "For tests: a pool on a simulated device.")
+      .def(
+          "configure",
+          [](Pool& self, const std::string& debug, bool wipe, bool ignore_streams) {
+            const PoolOptions options = parse_options(debug, wipe, ignore_streams);
+            const nb::gil_scoped_release unlocked;
+            self.configure(options);
+          },
+          "debug"_a = "off", "wipe"_a = false, "ignore_streams"_a = false)
       .def(
           "allocate",
           [](Pool& self, std::size_t bytes, const std::string& tag, std::int64_t stream) {
             const Tag parsed = parse_tag(tag);
             const nb::gil_scoped_release unlocked;
-            return self.allocate(bytes, parsed, static_cast<glake::StreamHandle>(stream));
+            return self.allocate(bytes, parsed, static_cast<StreamHandle>(stream));
           },
           "size"_a, "tag"_a = "activations", "stream"_a = -1)
-      .def("deallocate", &Pool::deallocate, "address"_a, Unlocked())
+      .def(
+          "deallocate",
+          [](Pool& self, Address address, std::int64_t stream) {
+            self.deallocate(address, static_cast<StreamHandle>(stream));
+          },
+          "address"_a, "stream"_a = -1, Unlocked())
       .def("map_file", &Pool::map_file, "descriptor"_a, "size"_a, Unlocked())
       .def("unmap_file", &Pool::unmap_file, "address"_a, Unlocked())
       .def("trim", &Pool::trim, "target"_a = 0, Unlocked())
       .def("set_limit", &Pool::set_limit, "limit"_a, Unlocked())
+      .def("expect_captures", &Pool::expect_captures, "on"_a, Unlocked())
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"))
+      .def("holders", &holders, nb::sig("def holders(self) -> list[tuple[str, str, int]]"))
       .def("reset_peaks", &Pool::reset_peaks, Unlocked())
+      .def("start_recording", &Pool::start_recording, "most_events"_a, Unlocked())
+      .def("stop_recording", &stop_recording,
+           nb::sig("def stop_recording(self) -> list[tuple[str, int, int, int, int, str, str, int]]"))
+      .def("snapshot", &snapshot, nb::sig("def snapshot(self) -> dict[str, Any]"))
+      .def(
+          "check", [](Pool& self) { return glake::to_python(self.check(), &glake::label_name); },
+          nb::sig("def check(self) -> list[dict[str, Any]]"))
+      .def(
+          "live", [](const Pool& self) { return glake::to_python(self.live(), &glake::label_name); },
+          nb::sig("def live(self) -> list[dict[str, Any]]"))
       .def("check_invariants", &Pool::check_invariants, Unlocked())
       .def("inject_failure", &Pool::inject_failure, "n"_a, "times"_a = 1,
            "For tests: n coming driver calls pass, and the `times` after them fail; a negative n disarms.", Unlocked());
 
   module.def(
-      "set_label", [](std::string name) { thread_label = std::move(name); }, "name"_a,
+      "set_label", [](const std::string& name) { glake::set_thread_label(glake::label_of(name)); }, "name"_a,
       "Names the holder of what this thread allocates from now on; empty for none.");
 
   glake::python::bind_ort(module);
-  module.def(
-      "host_pool", []() -> Pool& { return glake::host_allocator().pool(); }, nb::rv_policy::reference,
-      "The pool of the device 'cpu', of which a process has one. It is never destroyed.");
-  module.def(
-      "ort_allocator", [] { return reinterpret_cast<Address>(glake::host_allocator().c_struct()); },
-      "The address of the host pool's OrtAllocator (a struct of C function pointers).");
-  module.def(
-      "ort_allocate",
-      [](std::size_t bytes, bool reserve) {
-        OrtAllocator* const face = glake::host_allocator().c_struct();
-        return reinterpret_cast<Address>((reserve ? face->Reserve : face->Alloc)(face, bytes));
-      },
-      "size"_a, "reserve"_a = false, Unlocked(),
-      "For tests: calls the host pool's OrtAllocator as ONNX Runtime does; MemoryError where that sees "
-      "std::bad_alloc.");
-  module.def("failures", &failures, "since"_a = 0,
-             nb::sig("def failures(since: int = 0) -> list[OutOfMemoryError | DriverError]"),
-             "The last failed requests of ONNX Runtime with a sequence number above `since`, as exceptions.");
-  module.def(
-      "failure_count", [] { return glake::host_allocator().failure_count(); },
-      "How many requests of ONNX Runtime failed in this process.");
-  module.def("begin_attach", &begin_attach, "initializers"_a,
-             "Sets this thread's request: weights as (name, address, bytes, ONNX element type, shape).");
-  module.def("finish_attach", &glake::finish_attach, nb::sig("def finish_attach() -> InitializerValues | None"),
-             "Ends this thread's request; None if ONNX Runtime did not serve it.");
   bind_bench(module);
 }

@@ -8,3 +8,5 @@ namespace glake::python {
 void bind_ort(nanobind::module_& module);  // native_ort.cpp. After the class Pool
 
 }  // namespace glake::python
+
+void bind_bench(nanobind::module_& module);  // native_bench.cpp. After the class Pool

@@ -66,6 +66,7 @@ Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions
 
 void Pool::apply_options() {
   fences_.ignore(options_.ignore_streams);
+  debugging_ = options_.debug != PoolOptions::Debug::off;
   if (options_.debug == PoolOptions::Debug::off) {
     debug_.reset();
     return;

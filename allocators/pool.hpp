@@ -50,6 +50,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <list>
@@ -262,7 +263,7 @@ class Pool final : private RangeTable, private RangeSource {
   [[nodiscard]] Found find(Address address);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void apply_options();
-  [[nodiscard]] bool debugging() const noexcept { return options_.debug != PoolOptions::Debug::off; }
+  [[nodiscard]] bool debugging() const noexcept { return debugging_.load(std::memory_order_relaxed); }
   void unpin(std::size_t bytes) noexcept;
   void take_back(Found found, Address address, bool keep);
   void hold(std::uint32_t holder, std::size_t bytes);
@@ -275,6 +276,7 @@ class Pool final : private RangeTable, private RangeSource {
   ProcessMark process_;
   bool always_verify_;
   PoolOptions options_;
+  std::atomic<bool> debugging_ = false;  // options_.debug, for who does not hold the lock
   mutable std::mutex mutex_;
   std::unique_ptr<VirtualMemory> memory_;
   StreamOrder* const order_;  // null where there are no streams

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from . import torch_face
 from .attach import Initializer, Initializers, InitializerTuple, attach, require_cuda_provider
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from . import _native
+    from .debugging import DebugReport
 
-__all__ = ["Pool", "PoolStats"]
+__all__ = ["Holder", "Pool", "PoolStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +43,27 @@ class PoolStats:
     """A snapshot of a pool; in bytes where not said otherwise.
 
     Attributes:
-        active: handed out. The chunks of blocks in use (slabs of small objects count whole while they
-            hold a live object) and the mapped files.
-        idle: kept for reuse; `Pool.trim` gives it back.
-        reserved: active + idle. On the CPU, pages that were never touched cost no memory yet.
+        active: handed out: the ranges in use (slabs of small objects count whole while they hold a live
+            object) and the mapped files.
+        idle: reserved - active: kept for reuse. `Pool.trim` gives back what no chunk in use shares.
+        reserved: the physical memory that the pool holds. On the CPU, pages that were never touched cost
+            nothing yet.
         peak_active: the largest `active` since the pool was made.
         peak_reserved: the largest `reserved` since the pool was made.
         requested: what is live, as asked for: `active - requested` is lost to rounding.
+        peak_requested: the largest `requested` since the pool was made.
         limit: the bound on `reserved`.
-        weights: the part of `active` that holds weights.
+        weights: bytes of weights, as asked for, and the mapped files.
         mapped_files: the part of `weights` that is mapped from files.
         allocations: count of successful allocations.
         deallocations: count of successful deallocations.
         chunks: count of pieces of physical memory.
-        blocks: count of mapped address ranges, with the unused ones that are kept.
-        stitched_blocks: count of those that were made of chunks of others.
-        slabs: count of blocks that hold small objects.
-        driver_calls: count of calls to the operating system for memory.
+        mappings: count of places where chunks are mapped; a chunk may be mapped at several.
+        ranges: count of address ranges: in use, kept for the same size, and free.
+        slabs: count of ranges that hold small objects.
+        arenas: count of the streams and graphs that have ranges of their own, and two more.
+        stitches: count of idle chunks that were mapped at a further address, ever.
+        driver_calls: count of calls to the operating system or the driver for memory, ever.
     """
 
     active: int
@@ -67,16 +72,27 @@ class PoolStats:
     peak_active: int
     peak_reserved: int
     requested: int
+    peak_requested: int
     limit: int
     weights: int
     mapped_files: int
     allocations: int
     deallocations: int
     chunks: int
-    blocks: int
-    stitched_blocks: int
+    mappings: int
+    ranges: int
     slabs: int
+    arenas: int
+    stitches: int
     driver_calls: int
+
+
+class Holder(NamedTuple):
+    """Who holds memory: bytes as asked for, under a label (`Pool.label`, "" for none) and a tag."""
+
+    label: str
+    tag: str
+    bytes: int
 
 
 _lock = threading.RLock()  # a finalizer may run while its own thread holds it
@@ -108,12 +124,14 @@ class Pool:
         limit: a hard bound on the memory that the pool holds, idle memory and mapped weights
             included: bytes, or text such as "4GiB". None: all memory of the machine, or of its
             control group if that is less; on CUDA all memory of the device.
-        debug: find wrong accesses: guards around what is handed out, checks at every free. Slower.
+        debug: find wrong accesses, much slower (docs/debugging.md). True: large allocations lie between unmapped
+            guards, small ones between canaries that are checked at every free. "guard": every allocation lies
+            between guards.
         wipe: set memory to zero when it is freed, for tenants that must not see each other's data.
 
     Raises:
         PoolExistsError: the device has a pool with a live handle.
-        PoolInUseError: sessions of an earlier handle hold more than `limit`.
+        PoolInUseError: sessions of an earlier handle hold more than `limit`, or hold anything and `debug` differs.
         DeviceNotFoundError: no such device.
         InputError: not a limit, or more than the memory of the CUDA device.
         DriverError: the device could not be opened.
@@ -124,9 +142,12 @@ class Pool:
         self,
         device: str = "cpu",
         limit: int | str | None = None,
-        debug: bool = False,
+        debug: bool | Literal["guard"] = False,
         wipe: bool = False,
+        _ignore_streams: bool = False,  # for the test that has to show that it can fail
     ) -> None:
+        if debug not in (False, True, "guard"):
+            raise InputError(f"debug={debug!r}: expected False, True or 'guard'")
         self._device = parse_device(device)
         asked = _parse_limit(limit)
         from . import _native
@@ -135,11 +156,19 @@ class Pool:
             if self._device in _handles:
                 raise PoolExistsError(self._device)
             pool = _native.device_pool(self._device)
-            if debug or wipe:  # LEAD: replace these two lines by what hands the options to the native pool
-                raise InputError("debug and wipe are not available in this build")
             pool.reset_peaks()  # in a child of fork() this raises, before CUDA is asked for anything
-            pool.set_limit(_limit_on(self._device, asked))
+            limit_here = _limit_on(self._device, asked)
+            mode = "guard" if debug == "guard" else "on" if debug else "off"
+            try:
+                pool.configure(mode, wipe, _ignore_streams)
+            except PoolInUseError as error:
+                raise PoolInUseError(
+                    "debug cannot be switched while memory of the pool is in use: drop the sessions of the earlier "
+                    "handle first"
+                ) from error
+            pool.set_limit(limit_here)
             self._pool: _native.Pool | None = pool
+            self._debug = bool(debug)
             self._finalizer = weakref.finalize(self, _give_back, pool)
             self._finalizer.atexit = False  # at exit memory is leaked, not pulled from under live sessions
             _handles[self._device] = self
@@ -251,6 +280,50 @@ class Pool:
     def stats(self) -> PoolStats:
         """Return what the pool holds now."""
         return PoolStats(**self._open().stats())
+
+    def holders(self) -> list[Holder]:
+        """Return who holds memory, largest first. The bytes add up to `stats().requested`."""
+        return [Holder(*holder) for holder in self._open().holders()]
+
+    def leaks(self) -> DebugReport:
+        """Return every live allocation with the Python stack that made it; needs `debug`.
+
+        Printed, it is a report with the largest ones. Raises `InputError` without `debug`.
+        """
+        self._need_debug("leaks")
+        from . import debugging
+
+        return debugging.allocations(self._open().live())
+
+    def check(self) -> DebugReport:
+        """Look for overwritten memory around live allocations and in freed ones; needs `debug`.
+
+        Returns what was found since the last call, false if nothing was. Waits for the device. Raises `InputError`
+        without `debug`, `DriverError` if the device failed.
+        """
+        self._need_debug("check")
+        from . import debugging
+
+        return debugging.corruptions(self._open().check())
+
+    def _need_debug(self, name: str) -> None:
+        self._open()
+        if not self._debug:
+            raise InputError(f"{name}() needs a pool in debug mode: Pool({self._device!r}, debug=True)")
+
+    @contextlib.contextmanager
+    def foreign_capture(self) -> Iterator[None]:
+        """Say that other code captures a CUDA graph inside the `with` block, on a stream that the pool does not serve.
+
+        The pool notices captures on streams that it serves. Of others it cannot know, and waiting for the device in
+        its usual way would break them: inside the block it does so in another way, on the host.
+        """
+        pool = self._open()
+        pool.expect_captures(True)
+        try:
+            yield
+        finally:
+            pool.expect_captures(False)
 
     def trim(self, target: int | str = 0) -> int:
         """Give idle memory back to the system, until at most `target` bytes are reserved or none is idle.
@@ -365,11 +438,6 @@ class Pool:
         """
         self._open().unmap_file(address)
 
-    @contextlib.contextmanager
-    def label(self, name: str) -> Iterator[None]:
-        """Every allocation of this thread inside the `with` block carries `name`."""
-        yield
-
     def failures(self, since: int = 0) -> list[OutOfMemoryError | DriverError]:
         """Return why requests of ONNX Runtime's on this device failed: the last 32 above `since`, oldest first."""
         self._open()
@@ -430,7 +498,12 @@ class Pool:
             try:
                 stats = self.stats()
                 if stats.active:
-                    raise PoolInUseError.close(stats.active, stats.weights)
+                    error = PoolInUseError.close(stats.active, stats.weights)
+                    if self._debug:
+                        from . import debugging
+
+                        error = PoolInUseError(f"{error}\n{debugging.leak_report(self)}")
+                    raise error
                 self._pool.trim(0)
             except ForkedProcessError:
                 pass  # the parent's pool is not ours to trim

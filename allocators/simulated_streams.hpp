@@ -71,6 +71,7 @@ class SimulatedStreams final : public StreamOrder {
   [[nodiscard]] bool finished(EventHandle event) override;
   void synchronize(EventHandle event) override;
   [[nodiscard]] bool synchronize_all() override;
+  [[nodiscard]] StreamHandle own_stream() override;
   void watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) override;
 
  private:
@@ -97,6 +98,7 @@ class SimulatedStreams final : public StreamOrder {
   std::vector<StreamHandle> free_handles_;
   std::uintptr_t last_event_ = 0;
   StreamHandle last_handle_ = 0;
+  StreamHandle own_ = 0;  // made at first use
   std::uint64_t last_id_ = 0;
   std::uint64_t last_capture_ = 0;
   std::atomic<std::uint64_t> mismatches_ = 0;

@@ -583,7 +583,7 @@ def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemor
     Told only afterwards: how much ORT needs is not known before (it folds weights, and keeps some on the host).
     """
     weights = sum(padded(w.length) for w in prepared.weights) + len(prepared.graph) + SESSION_BYTES
-    held = error.active - error.holders.get("weights", 0)
+    held = error.active - sum(size for _, tag, size in error.holders if tag == "weights")
     needed = max(error.needed_limit, held + weights)
     if needed == error.needed_limit:
         return error
@@ -596,6 +596,7 @@ def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemor
         needed_limit=needed,
         device_free=error.device_free,
         holders=error.holders,
+        device_full=error.device_full,
     )
 
 
@@ -617,7 +618,7 @@ def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own:
             limit=stats.limit,
             needed_limit=stats.active + missing,
             device_free=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
-            holders={"weights": stats.weights, "activations": stats.active - stats.weights},
+            holders=pool.holders(),
         )
 
 

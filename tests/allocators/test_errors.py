@@ -38,12 +38,12 @@ def test_out_of_memory_says_what_happened_and_what_to_do():
         limit=6 << 20,
         needed_limit=8 << 20,
         device_free=1 << 30,
-        holders={"activations": 1 << 20, "weights": 2 << 20},
+        holders=[("bert", "weights", 2 << 20), ("", "activations", 1 << 20)],
     )
     text = str(error)
     for part in ("5.0 MiB (5242880 bytes)", "limit of 6.0 MiB", "3.0 MiB are active", "raise pool.limit"):
         assert part in text
-    assert "(weights 2.0 MiB, activations 1.0 MiB)" in text  # the largest first
+    assert "(bert: weights 2.0 MiB, activations 1.0 MiB)" in text  # the largest first
     assert "with a limit of 8388608 bytes (8.0 MiB)" in text
 
 
@@ -58,7 +58,7 @@ def test_out_of_memory_says_what_happened_and_what_to_do():
             limit=6,
             needed_limit=7,
             device_free=8,
-            holders={"weights": 2},
+            holders=[("", "weights", 2)],
         ),
         errors.PoolExistsError("cpu"),
         errors.ForkedProcessError(),

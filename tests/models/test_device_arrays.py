@@ -395,7 +395,7 @@ def test_too_little_room_for_weights_that_onnx_runtime_reads_says_what_would_do(
     )
     refusal = gi.OutOfMemoryError(
         requested=10 << 20, active=25 << 20, idle=0, reserved=25 << 20, limit=30 << 20, needed_limit=35 << 20,
-        device_free=0, holders={"weights": 20 << 20, "activations": 5 << 20},
+        device_free=0, holders=[("", "weights", 20 << 20), ("", "activations", 5 << 20)],
     )  # fmt: skip
     told = module._with_all_weights(refusal, Prepared(b"", weights, optimized=False))
     assert told.needed_limit == (45 << 20) + module.SESSION_BYTES
