@@ -1,5 +1,7 @@
 #include "native_errors.hpp"
 
+#include <nanobind/stl/string.h>
+
 namespace nb = nanobind;
 using namespace nb::literals;
 

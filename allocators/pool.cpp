@@ -266,7 +266,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   std::string stack = debugging() ? capture_python_stack() : std::string();
   const Operation operation(*this);
   if (debug_) return allocate_in_debug(bytes, tag, stream, std::move(stack));
-  const std::uint32_t holder = thread_label() * tag_count + static_cast<std::uint32_t>(tag);
+  const auto holder = static_cast<std::uint32_t>(thread_label() * tag_count + static_cast<std::size_t>(tag));
   hold(holder, 0);  // what can fail for want of ordinary memory comes first
   Arena& arena = arena_for(tag, stream);
   Address address = 0;
