@@ -29,8 +29,9 @@ struct Taken {
 };
 
 // The one place that knows how a pool is asked.
-Address pool_allocate(Pool& pool, std::size_t bytes, bool reserve, std::uintptr_t /*stream*/) {
-  return pool.allocate(bytes, reserve ? Tag::weights : Tag::activations);
+Address pool_allocate(Pool& pool, std::size_t bytes, bool reserve, std::uintptr_t stream) {
+  return pool.allocate(bytes, reserve ? Tag::weights : Tag::activations,
+                       stream == 0 ? no_stream : StreamHandle{stream});
 }
 
 // One pass over the steps; fills in the result's sample and failure, returns the seconds.
@@ -122,23 +123,21 @@ ReplayAllocator replay_on_malloc() {
 
 namespace {
 
-// Of OrtAllocator::later_fields.
+// From this version on OrtAllocator has GetStats.
 constexpr std::uint32_t stats_version = 23;
 
 // A figure of GetStats; 0 where the allocator does not tell it.
 std::size_t ort_figure(OrtAllocator* allocator, const char* name) {
-  struct Pairs;
-  if (allocator->version < stats_version || allocator->later_fields[0] == nullptr) return 0;
-  const auto get = reinterpret_cast<OrtStatus* (*)(const OrtAllocator*, Pairs**)>(allocator->later_fields[0]);
+  if (allocator->version < stats_version || allocator->GetStats == nullptr) return 0;
   const auto* table = static_cast<void* const*>(ort_api_base()->GetApi(stats_version));
-  Pairs* pairs = nullptr;
-  if (OrtStatus* error = get(allocator, &pairs)) {
+  OrtKeyValuePairs* pairs = nullptr;
+  if (OrtStatus* error = allocator->GetStats(allocator, &pairs)) {
     ort::Api(table).release_status(error);
     return 0;
   }
-  const char* text = reinterpret_cast<const char* (*)(const Pairs*, const char*)>(table[297])(pairs, name);
+  const char* text = reinterpret_cast<const char* (*)(const OrtKeyValuePairs*, const char*)>(table[297])(pairs, name);
   const std::size_t value = text == nullptr ? 0 : std::strtoull(text, nullptr, 10);
-  reinterpret_cast<void (*)(Pairs*)>(table[300])(pairs);
+  reinterpret_cast<void (*)(OrtKeyValuePairs*)>(table[300])(pairs);
   return value;
 }
 
@@ -350,7 +349,7 @@ std::size_t CudaAsync::peak_active() const {
 OrtAllocator* CudaAsync::face(std::uintptr_t stream) {
   using Face = Driver::Face;
   auto made = std::make_unique<Face>();
-  made->base.version = ort::allocator_version;
+  made->base.version = 18;
   made->base.Alloc = [](OrtAllocator* self, std::size_t bytes) {
     const Face& face = *reinterpret_cast<Face*>(self);
     return face.owner->allocate(bytes, face.stream);
