@@ -30,7 +30,8 @@ struct Taken {
 
 // The one place that knows how a pool is asked.
 Address pool_allocate(Pool& pool, std::size_t bytes, bool reserve, std::uintptr_t stream) {
-  return pool.allocate(bytes, reserve ? Tag::weights : Tag::activations, stream == 0 ? no_stream : stream);
+  return pool.allocate(bytes, reserve ? Tag::weights : Tag::activations,
+                       stream == 0 ? no_stream : StreamHandle{stream});
 }
 
 // One pass over the steps; fills in the result's sample and failure, returns the seconds.
@@ -122,7 +123,7 @@ ReplayAllocator replay_on_malloc() {
 
 namespace {
 
-// Of OrtAllocator::GetStats.
+// From this version on OrtAllocator has GetStats.
 constexpr std::uint32_t stats_version = 23;
 
 // A figure of GetStats; 0 where the allocator does not tell it.
@@ -348,7 +349,7 @@ std::size_t CudaAsync::peak_active() const {
 OrtAllocator* CudaAsync::face(std::uintptr_t stream) {
   using Face = Driver::Face;
   auto made = std::make_unique<Face>();
-  made->base.version = ort::newest_allocator;
+  made->base.version = 18;
   made->base.Alloc = [](OrtAllocator* self, std::size_t bytes) {
     const Face& face = *reinterpret_cast<Face*>(self);
     return face.owner->allocate(bytes, face.stream);
