@@ -30,6 +30,8 @@ class Allocator(ABC):
     # How much more than what was asked for may stay reserved beside a live block after trim(): a piece of physical
     # memory comes and goes as a whole.
     largest_chunk = 32 * MiB
+    # Whether freed memory is kept for reuse.
+    keeps_idle = True
     # Steps of the random mixes are divided by this.
     slowness = 1
 
@@ -171,7 +173,7 @@ class AllocatorConformance:
         large = [allocator.allocate(size * MiB) for size in (1, 2, 3, 5, 7, 11, 13, 17, 19)]
         for address in small + large:
             allocator.deallocate(address)
-        assert allocator.stats()["idle"] > LIMIT // 4
+        assert allocator.stats()["idle"] > LIMIT // 4 or not allocator.keeps_idle
         whole = allocator.allocate(LIMIT)
         assert allocator.stats()["reserved"] <= LIMIT
         allocator.check_invariants()
@@ -185,7 +187,7 @@ class AllocatorConformance:
         for address in [allocator.allocate(size) for size in (10, 10_000, 10 * MiB)]:
             allocator.deallocate(address)
         before = allocator.stats()
-        assert before["idle"] > 10 * MiB
+        assert before["idle"] > 10 * MiB or not allocator.keeps_idle
         given_back = allocator.trim()
         after = allocator.stats()
         assert given_back == before["reserved"] - after["reserved"]
@@ -291,9 +293,14 @@ class AllocatorConformance:
 
     def test_contents_survive_a_random_mix_at_the_limit(self, allocator):
         refused = self._mix(
-            allocator, random.Random(2), steps=1500 // allocator.slowness, largest=LIMIT, budget=2 * LIMIT
+            allocator,
+            random.Random(2),
+            steps=1500 // allocator.slowness,
+            largest=LIMIT,
+            budget=2 * LIMIT,
+            frees=0.35,
         )
-        assert refused > 20 // allocator.slowness  # it really was at the limit
+        assert refused > 100 // allocator.slowness  # it really was at the limit
         allocator.check_invariants()
         assert allocator.stats()["active"] == 0
 
@@ -352,12 +359,13 @@ class AllocatorConformance:
         largest: int,
         budget: int,
         stream: int | None = None,
+        frees: float = 0.45,
     ) -> int:
         """Allocate and free at random, verifying contents; returns how many requests were refused."""
         live: list[tuple[int, int, int]] = []
         held = refused = 0
         for step in range(steps):
-            if live and (held > budget or rng.random() < 0.45):
+            if live and (held > budget or rng.random() < frees):
                 address, size, value = live.pop(rng.randrange(len(live)))
                 assert allocator.holds(address, size, value)
                 allocator.deallocate(address)
