@@ -409,6 +409,22 @@ class TestConfigure:
         assert holds(third, size, 3)
         pool.deallocate(first)
 
+    @pytest.mark.parametrize("size", [100, 50_000, 3 * MiB])
+    def test_what_cannot_be_wiped_is_not_taken_back(self, pool, size):
+        address, other = pool.allocate(size), pool.allocate(size)
+        fill(address, size, 5)
+        pool.configure(wipe=True)
+        before = what_is_live(pool.stats())
+        pool.inject_failure(0)
+        with pytest.raises(DriverError, match="injected"):
+            pool.deallocate(address)
+        assert what_is_live(pool.stats()) == before
+        assert holds(address, size, 5)
+        pool.check_invariants()
+        pool.deallocate(address)
+        assert ctypes.string_at(address, size) == bytes(size)
+        pool.deallocate(other)
+
     def test_nobody_sees_what_another_held(self, pool):
         pool.configure(wipe=True)
         rng = random.Random(8)
@@ -476,11 +492,14 @@ class TestWatching:
         edges = sorted(mapped.items())
         assert all(start + size <= following for (start, size), (following, _) in itertools.pairwise(edges))
 
-    def test_a_recording_keeps_the_last_events(self, pool):
+    def test_a_recording_keeps_as_many_events_as_was_asked_for(self, pool):
+        kept = pool.allocate(64)
         pool.start_recording(10)
         for size in range(1, 31):
             pool.deallocate(pool.allocate(size))
-        assert len(pool.stop_recording()) == 10
+        events = pool.stop_recording()
+        assert [(event[0], event[3]) for event in events] == [(op, size) for size in range(1, 6) for op in "af"]
+        pool.deallocate(kept)
 
     def test_a_snapshot_shows_every_byte_once(self, pool, labelled):
         rng = random.Random(7)
