@@ -414,11 +414,9 @@ void Pool::deallocate(Address address, StreamHandle stream) {
   const Found found = find(address);
   const Arena& arena = found.range->heap.arena();
   Arena* graph = nullptr;
-  if (order_ != nullptr && !graphs_.empty()) {
-    if (stream != no_stream) {
-      if (const auto state = order_->state(stream); state && state->capture == 0) notice_end_of_capture(stream);
-    }
-    if (arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
+  if (order_ != nullptr && arena.mode == Arena::Mode::stream) {
+    if (stream != no_stream) (void)arena_for(Tag::activations, stream);  // notices that a capture began, or ended
+    if (!graphs_.empty()) graph = capture_on(arena.stream);
   }
   if (graph != nullptr) {
     graph->kept.push_back(address);
