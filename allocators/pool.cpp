@@ -98,7 +98,10 @@ Pool::~Pool() {
 }
 
 void Pool::add(Range& range) { table_.emplace(range.address, &range); }
-void Pool::remove(Range& range) noexcept { table_.erase(range.address); }
+void Pool::remove(Range& range) noexcept {
+  table_.erase(range.address);
+  recent_.fill({});  // it may name the range, or objects of a slab in it
+}
 
 Arena& Pool::make_arena(Arena::Mode mode, bool weights) {
   return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode, weights);
@@ -272,10 +275,12 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   Address address = 0;
   try {
     if (bytes < small_limit) {
-      address = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
-      if (address == 0) {
+      const Slabs::Place place = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
+      if (place.slab == nullptr) {
         throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))), false);
       }
+      address = place.slab->range->address + place.object * place.slab->object_bytes;
+      recent(address) = {address, place.slab->range, place.slab};
     } else {
       Heap& heap = arena.heap_for(bytes);
       if (bytes > most - page) throw_out_of_memory(bytes, nullptr, bytes, false);
@@ -285,6 +290,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
       range->holder = holder;
       usage_.add(range->bytes);
       address = range->address;
+      recent(address) = {address, range, nullptr};
     }
   } catch (const DeviceFullError&) {
     throw_out_of_memory(bytes, nullptr, bytes, true);
@@ -325,24 +331,32 @@ std::vector<AllocationRecord> Pool::live() const {
 }
 
 Pool::Found Pool::find(Address address) {
-  if (const auto step = slab_table_.find(address / Arena::slab_step * Arena::slab_step); step != slab_table_.end()) {
-    Slab& slab = *step->second;
-    if (!Slabs::is_live(slab, address)) {
+  Recent known = recent(address);
+  if (known.address != address) {
+    known = {address, nullptr, nullptr};
+    if (const auto step = slab_table_.find(address / Arena::slab_step * Arena::slab_step); step != slab_table_.end()) {
+      known.slab = step->second;
+    } else if (const auto found = table_.find(address); found != table_.end()) {
+      known.range = found->second;
+    }
+  }
+  if (known.slab != nullptr) {
+    const std::size_t object = known.slab->live_at(address);
+    if (object == Slab::nothing) {
       throw InvalidPointer("address " + hexadecimal(address) +
                            " is inside a slab but is no live object of it: freed twice, or not the address that was "
                            "handed out");
     }
-    return {slab.range, &slab};
+    return {known.slab->range, known.slab, object};
   }
-  const auto found = table_.find(address);
-  if (found == table_.end()) {
+  if (known.range == nullptr) {
     throw InvalidPointer("address " + hexadecimal(address) +
                          " does not belong to this pool: it was never handed out, or freed long ago");
   }
-  if (found->second->state != RangeState::live) {
+  if (known.range->state != RangeState::live) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
-  return {found->second, nullptr};
+  return {known.range, nullptr, 0};
 }
 
 // Sets what was freed to zero, behind all work that may still use it.
@@ -360,7 +374,7 @@ void Pool::wipe(Address address, std::size_t bytes, const Arena& arena) {
 void Pool::take_back(Found found, Address address, bool keep) {
   Range& range = *found.range;
   Arena& arena = range.heap.arena();
-  Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.slab->position(address)] : nullptr;
+  Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.object] : nullptr;
   const std::size_t requested = object != nullptr ? object->requested : range.requested;
   const std::uint32_t holder = object != nullptr ? object->holder : range.holder;
   Fence fence = 0;
@@ -381,7 +395,7 @@ void Pool::take_back(Found found, Address address, bool keep) {
     return;
   }
   if (object != nullptr) {
-    found.slab->arena->slabs.deallocate(*found.slab, address, fence, usage_);
+    found.slab->arena->slabs.deallocate(*found.slab, found.object, fence, usage_);
   } else {
     usage_.active -= range.bytes;
     range.fence = fence;
