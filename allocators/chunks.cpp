@@ -124,7 +124,8 @@ void Chunks::abandon(Mapping& mapping) noexcept {
 }
 
 void Chunks::bound_mappings(Chunk& chunk) noexcept {
-  for (std::size_t i = 0; chunk.mappings.size() >= most_mappings_of_chunk && i < chunk.mappings.size();) {
+  // Not the last one, which was just made.
+  for (std::size_t i = 0; chunk.mappings.size() >= most_mappings_of_chunk && i + 1 < chunk.mappings.size();) {
     Mapping& mapping = *chunk.mappings[i];
     try {
       if (&mapping != chunk.current && fences_.finished(mapping.fence)) {
