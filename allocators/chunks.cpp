@@ -77,8 +77,8 @@ std::vector<Chunk*> Chunks::gather(std::size_t bytes, std::size_t soft_limit) {
 }
 
 void Chunks::order(Chunk& chunk, Arena& arena) {
-  // Work of the same stream is in order by itself.
-  if (arena.mode != Arena::Mode::stream || chunk.last_arena != arena.serial) arena.order(chunk.fence);
+  // Work of the same stream is in order by itself; wipes are on another.
+  if (arena.mode != Arena::Mode::stream || chunk.last_arena != arena.serial || arena.wiped) arena.order(chunk.fence);
 }
 
 void Chunks::begin_use(Mapping& mapping) noexcept {

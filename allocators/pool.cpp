@@ -367,6 +367,7 @@ void Pool::take_back(Found found, Address address, bool keep) {
   if (!keep) {
     if (options_.wipe) {
       wipe(address, object != nullptr ? found.slab->object_bytes : range.bytes, arena);
+      arena.wiped = true;
       if (arena.mode != Arena::Mode::capture) fence = fences_.now();
     } else if (arena.mode == Arena::Mode::streamless) {
       fence = fences_.record();
