@@ -415,11 +415,18 @@ void Pool::deallocate(Address address, StreamHandle stream) {
   const Found found = find(address);
   const Arena& arena = found.range->heap.arena();
   Arena* graph = nullptr;
-  if (order_ != nullptr && !graphs_.empty()) {
-    if (stream != no_stream) {
-      if (const auto state = order_->state(stream); state && state->capture == 0) notice_end_of_capture(stream);
+  if (order_ != nullptr && (stream != no_stream || !graphs_.empty())) {
+    if (const auto state = stream != no_stream ? order_->state(stream) : std::nullopt; state && state->capture != 0) {
+      // Captured work uses it, whoever it was allocated for.
+      try {
+        graph = &arena_for(Tag::activations, stream);
+        if (graph == &arena) graph = nullptr;
+      } catch (const DriverError&) {  // the capture is broken: no graph will use the memory
+      }
+    } else if (state) {
+      notice_end_of_capture(stream);
     }
-    if (arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
+    if (graph == nullptr && arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
   }
   if (graph != nullptr) {
     graph->kept.push_back(address);
