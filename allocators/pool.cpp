@@ -118,6 +118,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
       arena->stream = stream;
       return *arena;
     }
+    prune_arenas();
     auto gone = std::make_shared<std::atomic<bool>>(false);
     graphs_.reserve(graphs_.size() + 1);
     Arena& arena = make_arena(Arena::Mode::capture, false);
