@@ -164,6 +164,8 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     end = ranges_.end();
     needed = round_up(bytes, granule);
   }
+  const Address held = end != ranges_.end() && end->second.held ? end->first : 0;  // of a graph's heap
+  if (held != 0 && end->second.bytes >= bytes) return cut(end, bytes);
   // What the end of the segment has already must not be taken from it.
   std::vector<Chunk*> withheld;
   if (end != ranges_.end() && !end->second.held) {
@@ -207,6 +209,24 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
   } catch (...) {
     for (; done < gathered.size(); ++done) chunks_.put_back(*gathered[done]);
     throw;
+  }
+  if (held != 0) {
+    // Neighbours join only if both hold their chunks: what is missing is held too.
+    const auto fresh = tail();
+    const auto before = ranges_.find(held);
+    const std::size_t front = bytes - before->second.bytes;
+    if (fresh == ranges_.end() || before->second.end() != fresh->first || fresh->second.bytes < front) {
+      throw std::logic_error("a heap that grew has no room at its end");  // cannot be
+    }
+    order(fresh->second, front);
+    if (fresh->second.bytes > front) {
+      (void)insert(fresh->first + front, fresh->second.bytes - front, &segment, fresh->second.fence);
+      free_.erase({fresh->second.bytes, fresh->first});
+      fresh->second.bytes = front;
+      free_.emplace(front, fresh->first);
+    }
+    hold(fresh->second);
+    return cut(merge(fresh), bytes);
   }
   end = tail();
   if (end == ranges_.end() || end->second.bytes < bytes) {

@@ -14,6 +14,8 @@ namespace {
 
 constexpr std::size_t page = 4096;
 constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+// CU_STREAM_PER_THREAD
+constexpr StreamHandle per_thread_stream = 2;
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
 
@@ -121,6 +123,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
       arena->stream = stream;
       return *arena;
     }
+    prune_arenas();
     auto gone = std::make_shared<std::atomic<bool>>(false);
     graphs_.reserve(graphs_.size() + 1);
     Arena& arena = make_arena(Arena::Mode::capture, false);
@@ -153,6 +156,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
 
 // A request of this stream that is not being captured: no capture on it is in progress.
 void Pool::notice_end_of_capture(StreamHandle stream) noexcept {
+  if (stream == per_thread_stream) return;  // another stream for every thread
   for (Arena* arena : graphs_) {
     if (arena->stream == stream) arena->may_be_capturing = false;
   }
@@ -381,6 +385,7 @@ void Pool::take_back(Found found, Address address, bool keep) {
   if (!keep) {
     if (options_.wipe) {
       wipe(address, object != nullptr ? found.slab->object_bytes : range.bytes, arena);
+      arena.wiped = true;
       if (arena.mode != Arena::Mode::capture) fence = fences_.now();
     } else if (arena.mode == Arena::Mode::streamless) {
       fence = fences_.record();
@@ -428,18 +433,25 @@ void Pool::deallocate(Address address, StreamHandle stream) {
   const Found found = find(address);
   const Arena& arena = found.range->heap.arena();
   Arena* graph = nullptr;
-  if (order_ != nullptr && arena.mode == Arena::Mode::stream) {
-    if (stream != no_stream) (void)arena_for(Tag::activations, stream);  // notices that a capture began, or ended
-    if (!graphs_.empty()) graph = capture_on(arena.stream);
+  if (order_ != nullptr && (stream != no_stream || !graphs_.empty())) {
+    if (const auto state = stream != no_stream ? order_->state(stream) : std::nullopt; state && state->capture != 0) {
+      // Captured work uses it, whoever it was allocated for.
+      try {
+        graph = &arena_for(Tag::activations, stream);
+        if (graph == &arena) graph = nullptr;
+      } catch (const DriverError&) {  // the capture is broken: no graph will use the memory
+      }
+    } else if (state) {
+      notice_end_of_capture(stream);
+    }
+    if (graph == nullptr && arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
   }
   if (graph != nullptr) {
     graph->kept.push_back(address);
     kept_.insert(address);
   }
-  if (recorder_) {
-    recorder_->freed(address);
-  }
   take_back(found, address, graph != nullptr);
+  if (recorder_) recorder_->freed(address);
   ++deallocations_;
   verify();
 }
