@@ -82,6 +82,7 @@ struct Arena {
   std::uint64_t capture_id = 0;     // mode capture
   bool may_be_capturing = false;    // mode capture: nothing has shown yet that the capture has ended
   Fence last = 0;                   // all work on what was freed here so far, where ranges have no fence of their own
+  bool wiped = false;               // some of what was freed here was wiped, on another stream than ours
   std::shared_ptr<std::atomic<bool>> graph_is_gone;  // mode capture
   std::vector<Address> kept;         // mode capture: what was freed during the capture and comes from other arenas
   Heap small;

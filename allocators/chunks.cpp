@@ -77,8 +77,8 @@ std::vector<Chunk*> Chunks::gather(std::size_t bytes, std::size_t soft_limit) {
 }
 
 void Chunks::order(Chunk& chunk, Arena& arena) {
-  // Work of the same stream is in order by itself.
-  if (arena.mode != Arena::Mode::stream || chunk.last_arena != arena.serial) arena.order(chunk.fence);
+  // Work of the same stream is in order by itself; wipes are on another.
+  if (arena.mode != Arena::Mode::stream || chunk.last_arena != arena.serial || arena.wiped) arena.order(chunk.fence);
 }
 
 void Chunks::begin_use(Mapping& mapping) noexcept {
@@ -90,6 +90,9 @@ void Chunks::begin_use(Mapping& mapping) noexcept {
   for (Mapping* other : chunk.mappings) {
     if (other != &mapping) other->heap.lose(*other);
   }
+  // The most recently used one last.
+  const auto place = std::find(chunk.mappings.begin(), chunk.mappings.end(), &mapping);
+  std::rotate(place, place + 1, chunk.mappings.end());
 }
 
 void Chunks::end_use(Mapping& mapping, std::uint64_t arena) noexcept {
@@ -124,7 +127,8 @@ void Chunks::abandon(Mapping& mapping) noexcept {
 }
 
 void Chunks::bound_mappings(Chunk& chunk) noexcept {
-  for (std::size_t i = 0; chunk.mappings.size() >= most_mappings_of_chunk && i < chunk.mappings.size();) {
+  // Not the last one, which was just made.
+  for (std::size_t i = 0; chunk.mappings.size() >= most_mappings_of_chunk && i + 1 < chunk.mappings.size();) {
     Mapping& mapping = *chunk.mappings[i];
     try {
       if (&mapping != chunk.current && fences_.finished(mapping.fence)) {

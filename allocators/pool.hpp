@@ -257,9 +257,17 @@ class Pool final : private RangeTable, private RangeSource {
   [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
 
   struct Found {
-    Range* range = nullptr;  // of a block, or of the slab
+    Range* range = nullptr;  // that was handed out, or the slab's
+    Slab* slab = nullptr;
+    std::size_t object = 0;  // of the slab
+  };
+  // What was allocated lately: most of it is freed soon, and found here without a search.
+  struct Recent {
+    Address address = 0;
+    Range* range = nullptr;
     Slab* slab = nullptr;
   };
+  [[nodiscard]] Recent& recent(Address address) noexcept { return recent_[address * 0x9E3779B97F4A7C15U >> 57]; }
   [[nodiscard]] Found find(Address address);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void apply_options();
@@ -284,6 +292,7 @@ class Pool final : private RangeTable, private RangeSource {
   Chunks chunks_;
   std::unordered_map<Address, Range*> table_;  // live and cached ranges by address
   SlabTable slab_table_;
+  std::array<Recent, 128> recent_{};
   Usage usage_;
   std::uint64_t arena_serial_ = 0;
   std::list<Arena> arenas_;
