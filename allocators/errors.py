@@ -86,12 +86,13 @@ class OutOfMemoryError(GlakeError, MemoryError):
         self.limit = limit
         self.needed_limit = needed_limit
         self.device_free = device_free
-        self.holders = [tuple(holder) for holder in holders]
+        self.holders = [(label, tag, size) for label, tag, size in holders]
         self.device_full = device_full
         self.sequence = 0
         self.thread = 0
         largest = [
-            f"{f'{label}: ' if label else ''}{tag} {format_bytes(size)}" for label, tag, size in self.holders[:5]
+            f"{f'{label}: ' if label else ''}{tag} {format_bytes(size)}"
+            for label, tag, size in self.holders[:5]
         ]
         if len(self.holders) > 5:
             rest = sum(size for _, _, size in self.holders[5:])

@@ -74,4 +74,4 @@ def time_pool(
 def _cuda_face(device: str) -> int:
     from .. import _native
 
-    return _native.ort_allocator(device)  # type: ignore[call-arg]
+    return _native.ort_allocator(device)

@@ -498,7 +498,9 @@ class TestWatching:
         for size in range(1, 31):
             pool.deallocate(pool.allocate(size))
         events = pool.stop_recording()
-        assert [(event[0], event[3]) for event in events] == [(op, size) for size in range(1, 6) for op in "af"]
+        assert [(event[0], event[3]) for event in events] == [
+            (op, size) for size in range(1, 6) for op in "af"
+        ]
         pool.deallocate(kept)
 
     def test_a_snapshot_shows_every_byte_once(self, pool, labelled):

@@ -60,7 +60,7 @@ except GlakeError as error:
 
 
 def test_a_limit_above_the_devices_memory_is_refused(device):
-    with pytest.raises(InputError, match="100.0 TiB .* has .* GiB"):
+    with pytest.raises(InputError, match=r"100\.0 TiB .* has .* GiB"):
         Pool(device, "100TiB")
 
 
