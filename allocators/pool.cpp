@@ -106,7 +106,8 @@ void Pool::remove(Range& range) noexcept {
 }
 
 Arena& Pool::make_arena(Arena::Mode mode, bool weights) {
-  return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode, weights);
+  return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode,
+                              weights);
 }
 
 Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
@@ -281,7 +282,8 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
     if (bytes < small_limit) {
       const Slabs::Place place = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
       if (place.slab == nullptr) {
-        throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))), false);
+        throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))),
+                            false);
       }
       address = place.slab->range->address + place.object * place.slab->object_bytes;
       recent(address) = {address, place.slab->range, place.slab};
@@ -645,8 +647,8 @@ std::vector<SegmentView> Pool::snapshot() const {
         view.bytes += range.bytes;
         const auto show = [&](Address start, std::size_t bytes, std::size_t requested, const char* state,
                               std::uint32_t holder) {
-          view.ranges.push_back({start, bytes, requested, state, static_cast<Tag>(holder % tag_count),
-                                 label_name(holder / tag_count)});
+          view.ranges.push_back(
+              {start, bytes, requested, state, static_cast<Tag>(holder % tag_count), label_name(holder / tag_count)});
         };
         if (range.slab != nullptr && range.state == RangeState::live) {
           const Slab& slab = *range.slab;
@@ -688,7 +690,8 @@ void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::siz
     record.idle = record.reserved - record.active;
     record.needed_limit = requested <= most / 2 ? debug_->needed_limit(requested, Tag::activations) : most;
   } else {
-    record.needed_limit = plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
+    record.needed_limit =
+        plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
   }
   record.device_free = memory_->free_bytes();
   record.device_full = device_full;
