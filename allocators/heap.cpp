@@ -75,8 +75,9 @@ Range* Heap::fit(std::size_t bytes) {
   return cut(ranges_.find(best->second), best->second, bytes);
 }
 
-// A free place where this size was before: the least recently used one, which is where it was at the same point of a
-// load that repeats.
+// A free place where this size was before: of several, the one that was known first. Their order never changes: a load
+// that repeats goes through the same places again. (If the one used last came last, a size with two places that lives
+// once at a time would go back and forth between them for ever.)
 Range* Heap::recall(std::size_t bytes) {
   constexpr std::size_t most_tried = 32;
   const auto known = places_.find(bytes);
@@ -88,8 +89,6 @@ Range* Heap::recall(std::size_t bytes) {
     if (range == ranges_.begin()) continue;
     --range;
     if (range->second.state != RangeState::free || range->second.end() < address + bytes) continue;
-    places.erase(places.begin() + static_cast<std::ptrdiff_t>(i));
-    --remembered_;
     return cut(range, address, bytes);
   }
   return nullptr;
@@ -103,6 +102,7 @@ void Heap::remember(std::size_t bytes, Address address) {
     remembered_ = 0;
   }
   std::deque<Address>& places = places_[bytes];
+  if (std::find(places.begin(), places.end(), address) != places.end()) return;
   if (places.size() >= most_places) {
     places.pop_front();
     --remembered_;

@@ -154,7 +154,7 @@ class Heap {
   Ranges ranges_;                                                // by address: everything that is mapped and not lost
   std::set<std::pair<std::size_t, Address>> free_;               // free ranges by size
   std::array<Cached, 64> cache_;                                 // by a hash of the size
-  std::unordered_map<std::size_t, std::deque<Address>> places_;  // where sizes were, least recently used first
+  std::unordered_map<std::size_t, std::deque<Address>> places_;  // where sizes were, as they became known
   std::size_t remembered_ = 0;                                   // addresses in places_
 };
 
