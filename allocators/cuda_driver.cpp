@@ -216,9 +216,10 @@ void CudaContext::fail(CUresult result, const char* attempt, std::size_t bytes) 
   if (driver.mem_get_info(&free, &total) == CUDA_SUCCESS) {
     message += " The device has " + std::to_string(free) + " of " + std::to_string(total) + " bytes free.";
   }
-  throw DeviceFullError(message +
-                        " Other processes, and memory of this process outside the pool, hold the rest: `nvidia-smi` lists "
-                    "the processes. End them, or lower the pool's limit.");
+  throw DeviceFullError(
+      message +
+      " Other processes, and memory of this process outside the pool, hold the rest: `nvidia-smi` lists "
+      "the processes. End them, or lower the pool's limit.");
 }
 
 void CudaContext::report(CUresult result, const char* attempt, std::size_t bytes) const noexcept {

@@ -47,9 +47,7 @@ std::unique_ptr<VirtualMemory> open_device(const Device& device) {
   return std::make_unique<CudaMemory>(device.index);
 }
 
-std::size_t device_memory(const Device& device) {
-  return cuda_device_memory(device.index);
-}
+std::size_t device_memory(const Device& device) { return cuda_device_memory(device.index); }
 
 OrtDeviceAllocator* existing_allocator(const Device& device) noexcept {
   const auto* const slot = place(device);

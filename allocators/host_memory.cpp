@@ -205,8 +205,9 @@ void HostMemory::do_read(void* target, Address source, std::size_t bytes) {
 }
 
 int HostMemory::do_export(ChunkHandle handle) {
-  throw DriverError("exporting " + amount(handle.bytes) +
-                    " of the host pool failed: its chunks are parts of one file that holds every tensor of the process");
+  throw DriverError(
+      "exporting " + amount(handle.bytes) +
+      " of the host pool failed: its chunks are parts of one file that holds every tensor of the process");
 }
 
 }  // namespace glake

@@ -1,8 +1,8 @@
 #include "ort_attach.hpp"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <atomic>
 #include <exception>
 #include <optional>
 #include <utility>

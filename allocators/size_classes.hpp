@@ -17,8 +17,8 @@ inline constexpr std::size_t small_limit = std::size_t{32} << 10;
 
 namespace size_classes {
 
-inline constexpr std::size_t fine_count = 4;                              // multiples of 64, up to 256
-inline constexpr std::size_t coarse_count = 3;                            // 512, 768, 1024
+inline constexpr std::size_t fine_count = 4;                             // multiples of 64, up to 256
+inline constexpr std::size_t coarse_count = 3;                           // 512, 768, 1024
 inline constexpr std::size_t count = fine_count + coarse_count + 4 * 5;  // ... up to 2^15
 
 // The class of a request of 1 to small_limit bytes.
