@@ -90,6 +90,9 @@ void Chunks::begin_use(Mapping& mapping) noexcept {
   for (Mapping* other : chunk.mappings) {
     if (other != &mapping) other->heap.lose(*other);
   }
+  // The most recently used one last.
+  const auto place = std::find(chunk.mappings.begin(), chunk.mappings.end(), &mapping);
+  std::rotate(place, place + 1, chunk.mappings.end());
 }
 
 void Chunks::end_use(Mapping& mapping, std::uint64_t arena) noexcept {

@@ -63,9 +63,9 @@ class Chunks {
   // A request is served from at most this many idle chunks: mapping costs are per chunk, and above this new, larger
   // chunks take the place of small ones.
   static constexpr std::size_t most_gathered = 256;
-  // A chunk is kept mapped at this many addresses at most, the least recently made going first: every further place
+  // A chunk is kept mapped at this many addresses at most, the least recently used going first: every further place
   // costs time whenever the chunk is taken or becomes idle.
-  static constexpr std::size_t most_mappings_of_chunk = 5;
+  static constexpr std::size_t most_mappings_of_chunk = 7;
 
   Chunks(VirtualMemory& memory, Fences& fences, std::size_t limit)
       : memory_(memory), fences_(fences), granule_(memory.granularity()), limit_(limit) {}

@@ -63,6 +63,7 @@ Range* Heap::reuse(std::size_t bytes) {
 Range* Heap::fit(std::size_t bytes) {
   auto best = free_.lower_bound({bytes, 0});
   if (best == free_.end()) return nullptr;
+  if (Range* range = recall(bytes)) return range;
   if (arena_.mode != Arena::Mode::stream) {
     // The host would have to wait for the device: look a little further for a range that it has finished with.
     auto candidate = best;
@@ -73,7 +74,43 @@ Range* Heap::fit(std::size_t bytes) {
       }
     }
   }
-  return cut(ranges_.find(best->second), bytes);
+  return cut(ranges_.find(best->second), best->second, bytes);
+}
+
+// A free place where this size was before: the least recently used one, which is where it was at the same point of a
+// load that repeats.
+Range* Heap::recall(std::size_t bytes) {
+  constexpr std::size_t most_tried = 32;
+  const auto known = places_.find(bytes);
+  if (known == places_.end()) return nullptr;
+  std::deque<Address>& places = known->second;
+  for (std::size_t i = 0; i < places.size() && i < most_tried; ++i) {
+    const Address address = places[i];
+    auto range = ranges_.upper_bound(address);
+    if (range == ranges_.begin()) continue;
+    --range;
+    if (range->second.state != RangeState::free || range->second.end() < address + bytes) continue;
+    places.erase(places.begin() + static_cast<std::ptrdiff_t>(i));
+    --remembered_;
+    return cut(range, address, bytes);
+  }
+  return nullptr;
+}
+
+void Heap::remember(std::size_t bytes, Address address) {
+  constexpr std::size_t most_places = 64;         // of one size
+  constexpr std::size_t most_remembered = 8192;  // of all
+  if (remembered_ >= most_remembered) {
+    places_.clear();
+    remembered_ = 0;
+  }
+  std::deque<Address>& places = places_[bytes];
+  if (places.size() >= most_places) {
+    places.pop_front();
+    --remembered_;
+  }
+  places.push_back(address);
+  ++remembered_;
 }
 
 std::size_t Heap::missing(std::size_t bytes) const noexcept {
@@ -128,7 +165,7 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     needed = round_up(bytes, granule);
   }
   const Address held = end != ranges_.end() && end->second.held ? end->first : 0;  // of a graph's heap
-  if (held != 0 && end->second.bytes >= bytes) return cut(end, bytes);
+  if (held != 0 && end->second.bytes >= bytes) return cut(end, end->first, bytes);
   // What the end of the segment has already must not be taken from it.
   std::vector<Chunk*> withheld;
   if (end != ranges_.end() && !end->second.held) {
@@ -181,7 +218,7 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     if (fresh == ranges_.end() || before->second.end() != fresh->first || fresh->second.bytes < front) {
       throw std::logic_error("a heap that grew has no room at its end");  // cannot be
     }
-    order(fresh->second, front);
+    order(fresh->second, fresh->first, front);
     if (fresh->second.bytes > front) {
       (void)insert(fresh->first + front, fresh->second.bytes - front, &segment, fresh->second.fence);
       free_.erase({fresh->second.bytes, fresh->first});
@@ -189,43 +226,48 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
       free_.emplace(front, fresh->first);
     }
     hold(fresh->second);
-    return cut(merge(fresh), bytes);
+    const auto joined = merge(fresh);
+    return cut(joined, joined->first, bytes);
   }
   end = tail();
   if (end == ranges_.end() || end->second.bytes < bytes) {
     throw std::logic_error("a heap that grew has no room at its end");  // cannot be
   }
-  return cut(end, bytes);
+  return cut(end, end->first, bytes);
 }
 
-// Makes a live range of the front of a free one.
-Range* Heap::cut(Ranges::iterator free, std::size_t bytes) {
+// Makes a live range of a part of a free one.
+Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes) {
+  assert(free->second.state == RangeState::free && free->second.address <= address &&
+         free->second.end() >= address + bytes);
+  order(free->second, address, bytes);
+  if (!arena_.weights) remember(bytes, address);  // what lives long is packed as tightly as it goes
+  const auto split = [this](Ranges::iterator whole, Address at) {
+    Range& left = whole->second;
+    const auto right = insert(at, left.end() - at, left.segment, left.fence);
+    right->second.held = left.held;
+    free_.erase({left.bytes, left.address});
+    left.bytes = at - left.address;
+    free_.emplace(left.bytes, left.address);
+    return right;
+  };
+  if (address != free->second.address) free = split(free, address);
+  if (free->second.bytes != bytes) (void)split(free, address + bytes);
   Range& range = free->second;
-  assert(range.state == RangeState::free && range.bytes >= bytes);
-  order(range, bytes);
-  if (range.bytes > bytes) {
-    auto rest = ranges_.try_emplace(range.address + bytes, *this, range.address + bytes, range.bytes - bytes, range.segment)
-                    .first;
-    rest->second.held = range.held;
-    rest->second.fence = range.fence;
-    free_.emplace(rest->second.bytes, rest->second.address);
-  }
+  table_.add(range);
   free_.erase({range.bytes, range.address});
-  range.bytes = bytes;
   if (!range.held) hold(range);
   range.state = RangeState::live;
   range.fence = 0;
-  table_.add(range);
   ++live_;
   return &range;
 }
 
-// Waits for what may still touch the first `bytes` of a free range: on the stream, or on the host if there is none.
-void Heap::order(Range& range, std::size_t bytes) {
+// Waits for what may still touch a part of a free range: on the stream, or on the host if there is none.
+void Heap::order(const Range& range, Address address, std::size_t bytes) {
   arena_.order(range.fence);
   if (range.held) return;
-  for (auto mapping = first_mapping(range.address);
-       mapping != mappings_.end() && mapping->first < range.address + bytes; ++mapping) {
+  for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes; ++mapping) {
     if (mapping->second.chunk.idle()) chunks_.order(mapping->second.chunk, arena_);
   }
 }

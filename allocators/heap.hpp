@@ -16,9 +16,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <map>
 #include <set>
+#include <unordered_map>
 #include <utility>
 
 #include "chunks.hpp"
@@ -71,7 +73,9 @@ class Heap {
 
   // A cached range of exactly `bytes` (rounded): no search, no driver call. Null if there is none.
   [[nodiscard]] Range* reuse(std::size_t bytes);
-  // The smallest free range that holds `bytes`, cut to that size. Null if there is none. Throws DriverError.
+  // A place where that size was before, else the smallest free range that holds `bytes`, cut to that size. Null if
+  // there is none. Throws DriverError. (Best fit alone leads a repeating load to ever new layouts, each of which needs
+  // other mappings; where sizes go back to their places, it settles.)
   [[nodiscard]] Range* fit(std::size_t bytes);
   // Maps what is missing at the end of a segment. Null if the limit does not allow it. Throws DriverError, with
   // nothing handed out.
@@ -122,10 +126,12 @@ class Heap {
   [[nodiscard]] Ranges::iterator insert(Address address, std::size_t bytes, const void* segment, Fence fence);
   Ranges::iterator merge(Ranges::iterator range) noexcept;
   [[nodiscard]] bool aliased(const Range& left, const Range& right) noexcept;
-  [[nodiscard]] Range* cut(Ranges::iterator free, std::size_t bytes);
+  [[nodiscard]] Range* cut(Ranges::iterator free, Address address, std::size_t bytes);
+  [[nodiscard]] Range* recall(std::size_t bytes);
+  void remember(std::size_t bytes, Address address);
   void hold(Range& range) noexcept;
   void unhold(Range& range) noexcept;
-  void order(Range& range, std::size_t bytes);
+  void order(const Range& range, Address address, std::size_t bytes);
   [[nodiscard]] Segment& segment_for(std::size_t bytes);
   [[nodiscard]] Mappings::iterator first_mapping(Address address) noexcept;
   [[nodiscard]] Ranges::iterator tail() noexcept;
@@ -146,6 +152,8 @@ class Heap {
   Ranges ranges_;                // by address: everything that is mapped and not lost
   std::set<std::pair<std::size_t, Address>> free_;  // free ranges by size
   std::array<Cached, 64> cache_;                    // by a hash of the size
+  std::unordered_map<std::size_t, std::deque<Address>> places_;  // where sizes were, least recently used first
+  std::size_t remembered_ = 0;                                   // addresses in places_
 };
 
 }  // namespace glake

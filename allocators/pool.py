@@ -406,12 +406,16 @@ class Pool:
             _native.set_label(previous)
             _labels.current = previous
 
-    def deallocate(self, address: int) -> None:
-        """Take back what `allocate` returned.
+    def deallocate(self, address: int, stream: object = None) -> None:
+        """Take back what `allocate` returned. Work that uses the memory may still be queued.
+
+        `stream`, one that is alive, is needed in one case only: it is being captured into a CUDA graph, the memory
+        was allocated before, and nothing was allocated on the stream since the capture began. The pool then learns
+        of the capture by it, and keeps the memory for the graph.
 
         Raises `InvalidPointerError`, with nothing changed, for any other address.
         """
-        self._open().deallocate(address)
+        self._open().deallocate(address, _stream_handle(stream))
 
     def map_file(self, descriptor: int, bytes: int | None = None) -> int:  # noqa: A002
         """Map an open file, read-only, and return its address.

@@ -59,8 +59,13 @@ except GlakeError as error:
     )
 
 
-def test_a_limit_above_the_devices_memory_ends_in_an_error_that_says_what_the_device_has(device):
-    with Pool(device, "100TiB") as pool:
+def test_a_limit_above_the_devices_memory_is_refused(device):
+    with pytest.raises(InputError, match="100.0 TiB .* has .* GiB"):
+        Pool(device, "100TiB")
+
+
+def test_a_device_that_is_full_ends_in_an_error_that_says_what_it_has(device):
+    with Pool(device) as pool:
         held = []
         with pytest.raises(OutOfMemoryError, match="device") as caught:  # noqa: PT012
             while True:
@@ -183,7 +188,7 @@ pool.deallocate(pool.allocate(2 << 20))
 pool.close()
 print(os.waitstatus_to_exitcode(status))
 """)
-    assert out == "4\n"
+    assert out == "4\n", out
 
 
 def test_a_second_pool_on_the_device(pool, device):

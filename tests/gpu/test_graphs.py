@@ -94,7 +94,7 @@ def test_memory_from_before_the_capture_that_it_frees_stays_private_too(pool, mo
     address = pool.allocate(SIZE, stream=capturing.ptr)
     capturing.begin_capture(mode)
     kernels.fill(capturing, address, SIZE, 5)
-    pool.deallocate(address)
+    pool.deallocate(address, capturing)
     graph = capturing.end_capture()
     blocks = take_everything(pool, other)
     for block, size in blocks:

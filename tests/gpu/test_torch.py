@@ -71,7 +71,7 @@ def test_a_tensor_follows_its_stream(pool):
     mem_pool = pool.torch_mem_pool()
     with torch.cuda.stream(slow), torch.cuda.use_mem_pool(mem_pool):
         tensor = torch.empty(16 * MiB, dtype=torch.int32, device=pool.device)
-    with kernels.cupy().cuda.ExternalStream(slow.cuda_stream) as stream:
+    with kernels.cupy().cuda.Stream.from_external(slow) as stream:
         kernels.fill(stream, tensor.data_ptr(), 64 * MiB, 3)
         kernels.spin(stream, 0.2)
         kernels.compare(stream, tensor.data_ptr(), 64 * MiB, 3, wrong)
