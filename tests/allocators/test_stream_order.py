@@ -180,8 +180,9 @@ def objects_without_a_stream(m):
     address = m.take(1000)
     m.use_late(one, address, 1000, 1)
     m.pool.deallocate(address)
-    for again in [m.take(1000) for _ in range(70)]:  # some object is the same one
-        m.use(two if again == address else one, again, 1000, 2)
+    again = [m.take(1000) for _ in range(70)]
+    assert address in again
+    m.use(two, address, 1000, 2)
     m.pool.deallocate(keep)
 
 
@@ -393,7 +394,7 @@ def test_nothing_is_unmapped_under_queued_work(machine, way):
 def test_streams_that_nothing_lives_in_are_forgotten(machine):
     m = machine(32 * MiB)
     keep = m.take(MiB, m.streams(1)[0])
-    for round_ in range(3):
+    for round_ in range(2):
         for stream in m.streams(100):
             address, small = m.take(128 * KiB, stream), m.take(300, stream)
             m.use_late(stream, address, 128 * KiB, round_) if stream % 64 == 0 else None
@@ -482,7 +483,6 @@ def test_a_graph_keeps_what_others_had_if_it_is_freed_on_its_stream(machine, own
     m.pool.deallocate(address, one)
     graph = m.device.end_capture(one)
     m.replay_hits_nobody(graph, one, two, 64 * KiB)
-    m.replay_hits_nobody(graph, one, -1, 64 * KiB) if False else None
     m.device.destroy_graph(graph)
     m.empty()
 
@@ -547,6 +547,7 @@ def test_a_capture_after_another_on_one_stream_does_not_share(machine):
 
 def test_arenas_of_graphs_that_are_gone_are_forgotten(machine):
     m = machine(16 * MiB)
+    m.device.wait_in_captures(True)
     (one,) = m.streams(1)
     for value in range(150):
         graph, _ = m.capture(one, MiB, value)
@@ -668,7 +669,7 @@ def test_wiping_leaves_a_graphs_memory_alone(machine):
 # Many threads.
 
 THREADS = 4
-SECONDS = "GLAKE_STRESS_OPERATIONS"
+OPERATIONS = int(os.environ.get("GLAKE_STRESS_OPERATIONS", "1000"))  # of each thread
 
 
 def stress(operations, seed, **options):
@@ -676,6 +677,7 @@ def stress(operations, seed, **options):
     m = Machine(24 * MiB, **options)
     m.device.wait_in_captures(True)
     errors = []
+    graphs = m.graphs = [0]
 
     def work(number):
         try:
@@ -721,9 +723,15 @@ def stress(operations, seed, **options):
                 device.synchronize_stream(own[1])
                 pool.check_invariants()
             if named and number == 1 and step % 40 == 20:  # and a graph, launched while the others go on
-                graph, _ = m.capture(own[1], 32 * KiB, value)
+                pool.expect_captures(True)  # the pool does not know of it before its first request
+                try:
+                    graph, _ = m.capture(own[1], 32 * KiB, value)
+                except OutOfMemoryError:
+                    graph = device.end_capture(own[1])
+                pool.expect_captures(False)
                 device.launch_graph(graph, own[1])
                 device.destroy_graph(graph)
+                graphs[0] += 1
         while live:
             drop()
 
@@ -747,20 +755,20 @@ def stress(operations, seed, **options):
 
 
 def test_threads_with_their_streams_never_see_each_others_data():
-    m = stress(int(os.environ.get(SECONDS, "300")), seed=1)
+    m = stress(OPERATIONS, seed=1)
     assert m.finish() == 0
-    stats = m.pool.stats()
-    assert stats["stitches"] > 0, "chunks moved"
+    assert m.pool.stats()["stitches"] > OPERATIONS // 10, "chunks moved"
+    assert m.graphs[0] > OPERATIONS // 50
     m.empty()
 
 
 def test_wiped_memory_of_threads_is_theirs():
-    m = stress(int(os.environ.get(SECONDS, "300")) // 3, seed=2, wipe=True)
+    m = stress(OPERATIONS // 2, seed=2, wipe=True)
     assert m.finish() == 0
     m.empty()
 
 
-def test_the_stress_finds_a_pool_that_does_not_wait(python, tmp_path):
+def test_the_stress_finds_a_pool_that_does_not_wait(python, tmp_path, monkeypatch):
     code = """
         import test_stream_order
         m = test_stream_order.stress(200, seed=1, ignore_streams=True)
@@ -772,10 +780,9 @@ def test_the_stress_finds_a_pool_that_does_not_wait(python, tmp_path):
         name: os.environ.get(name, "") + f":log_path={tmp_path}/wanted"
         for name in ("ASAN_OPTIONS", "TSAN_OPTIONS")
     }
-    environment = {**os.environ, **quiet}
+    monkeypatch.setattr(os, "environ", {**os.environ, **quiet})
     child = python(code)
     out, error = child.communicate(timeout=120)
-    del environment
     if child.returncode == 0:
         assert int(out.split()[-1]) > 0, out
     else:
