@@ -672,7 +672,7 @@ THREADS = 4
 OPERATIONS = int(os.environ.get("GLAKE_STRESS_OPERATIONS", "1000"))  # of each thread
 
 
-def stress(operations, seed, **options):
+def stress(operations, seed, captures=False, **options):
     """Threads with a stream each, one without, and one that trims; gives the device after the work, and the pool."""
     m = Machine(24 * MiB, **options)
     m.device.wait_in_captures(True)
@@ -722,7 +722,7 @@ def stress(operations, seed, **options):
             if step % 25 == 24:
                 device.synchronize_stream(own[1])
                 pool.check_invariants()
-            if named and number == 1 and step % 40 == 20:  # and a graph, launched while the others go on
+            if captures and number == 1 and step % 40 == 20:  # and a graph, launched while the others go on
                 pool.expect_captures(True)  # the pool does not know of it before its first request
                 try:
                     graph, _ = m.capture(own[1], 32 * KiB, value)
@@ -754,11 +754,12 @@ def stress(operations, seed, **options):
     return m
 
 
-def test_threads_with_their_streams_never_see_each_others_data():
-    m = stress(OPERATIONS, seed=1)
+@pytest.mark.parametrize("captures", [False, True])
+def test_threads_with_their_streams_never_see_each_others_data(captures):
+    m = stress(OPERATIONS, seed=1, captures=captures)
     assert m.finish() == 0
     assert m.pool.stats()["stitches"] > OPERATIONS // 10, "chunks moved"
-    assert m.graphs[0] > OPERATIONS // 50
+    assert (m.graphs[0] > OPERATIONS // 50) == captures
     m.empty()
 
 
