@@ -84,7 +84,7 @@ struct Arena {
   Fence last = 0;                   // all work on what was freed here so far, where ranges have no fence of their own
   bool wiped = false;               // some of what was freed here was wiped, on another stream than ours
   std::shared_ptr<std::atomic<bool>> graph_is_gone;  // mode capture
-  std::vector<Address> kept;         // mode capture: what was freed during the capture and comes from other arenas
+  std::vector<Address> kept;  // mode capture: what was freed during the capture and comes from other arenas
   Heap small;
   Heap medium;
   Heap large;

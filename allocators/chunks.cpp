@@ -244,7 +244,8 @@ void Chunks::check_invariants() const {
   }
   std::size_t listed = 0;
   for (const IdleChunks& list : idle_) {
-    for (const Chunk* chunk = list.front(); chunk != nullptr; chunk = IdleChunks::next(*chunk)) listed += chunk->bytes();
+    for (const Chunk* chunk = list.front(); chunk != nullptr; chunk = IdleChunks::next(*chunk))
+      listed += chunk->bytes();
   }
   require(listed == idle && idle == idle_bytes_, "idle lists hold exactly the idle chunks");
   require(reserved_ == bytes + pinned_, "reserved = bytes of all chunks + mapped files");

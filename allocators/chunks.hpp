@@ -48,8 +48,8 @@ struct Chunk {
   [[nodiscard]] bool idle() const noexcept { return current == nullptr; }
 
   PhysicalMemory physical;
-  Mapping* current = nullptr;  // the mapping that it is used through; null while it is idle
-  std::size_t used = 0;        // bytes held by ranges of that mapping's heap
+  Mapping* current = nullptr;    // the mapping that it is used through; null while it is idle
+  std::size_t used = 0;          // bytes held by ranges of that mapping's heap
   Fence fence = 0;               // work that may still touch it; while it is in use: of what was freed in it since
   std::uint64_t last_arena = 0;  // whose work that is (Arena::serial)
   std::vector<Mapping*> mappings;

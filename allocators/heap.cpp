@@ -34,9 +34,7 @@ Heap::~Heap() {
 
 std::size_t Heap::rounded(std::size_t bytes) const noexcept { return round_up(bytes, step_); }
 
-Heap::Cached& Heap::bin(std::size_t bytes) noexcept {
-  return cache_[(bytes / step_ * 0x9E3779B97F4A7C15U) >> 58];
-}
+Heap::Cached& Heap::bin(std::size_t bytes) noexcept { return cache_[(bytes / step_ * 0x9E3779B97F4A7C15U) >> 58]; }
 
 Range* Heap::reuse(std::size_t bytes) {
   constexpr int most_looked_at = 16;
@@ -98,7 +96,7 @@ Range* Heap::recall(std::size_t bytes) {
 }
 
 void Heap::remember(std::size_t bytes, Address address) {
-  constexpr std::size_t most_places = 64;         // of one size
+  constexpr std::size_t most_places = 64;        // of one size
   constexpr std::size_t most_remembered = 8192;  // of all
   if (remembered_ >= most_remembered) {
     places_.clear();
@@ -139,7 +137,7 @@ Heap::Ranges::iterator Heap::tail() noexcept {
   --last;
   const Range& range = last->second;
   return range.end() == segment.end && range.segment == &segment && range.state == RangeState::free ? last
-                                                                                                     : ranges_.end();
+                                                                                                    : ranges_.end();
 }
 
 Heap::Segment& Heap::segment_for(std::size_t bytes) {
@@ -165,20 +163,19 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     needed = round_up(bytes, granule);
   }
   const Address held = end != ranges_.end() && end->second.held ? end->first : 0;  // of a graph's heap
-  if (held != 0 && end->second.bytes >= bytes) return cut(end, end->first, bytes);
+  if (held != 0 && end->second.bytes >= bytes) return cut(end, held, bytes);
   // What the end of the segment has already must not be taken from it.
   std::vector<Chunk*> withheld;
   if (end != ranges_.end() && !end->second.held) {
-    for (auto mapping = first_mapping(end->second.address); mapping != mappings_.end() && mapping->first < end->second.end();
-         ++mapping) {
+    for (auto mapping = first_mapping(end->second.address);
+         mapping != mappings_.end() && mapping->first < end->second.end(); ++mapping) {
       if (mapping->second.chunk.idle()) withheld.push_back(&mapping->second.chunk);
     }
   }
   for (Chunk* chunk : withheld) chunks_.withhold(*chunk);
   std::vector<Chunk*> gathered;
   try {
-    const std::size_t quantum =
-        std::clamp(std::bit_floor(mapped_ / 32 + 1), granule, std::max(granule, most_quantum));
+    const std::size_t quantum = std::clamp(std::bit_floor(mapped_ / 32 + 1), granule, std::max(granule, most_quantum));
     if (segment_for(needed).room() >= round_up(needed, quantum)) {
       gathered = chunks_.gather(round_up(needed, quantum), soft_limit);
     }
@@ -219,15 +216,9 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
       throw std::logic_error("a heap that grew has no room at its end");  // cannot be
     }
     order(fresh->second, fresh->first, front);
-    if (fresh->second.bytes > front) {
-      (void)insert(fresh->first + front, fresh->second.bytes - front, &segment, fresh->second.fence);
-      free_.erase({fresh->second.bytes, fresh->first});
-      fresh->second.bytes = front;
-      free_.emplace(front, fresh->first);
-    }
+    if (fresh->second.bytes > front) (void)split(fresh, fresh->first + front);
     hold(fresh->second);
-    const auto joined = merge(fresh);
-    return cut(joined, joined->first, bytes);
+    return cut(merge(fresh), held, bytes);
   }
   end = tail();
   if (end == ranges_.end() || end->second.bytes < bytes) {
@@ -242,15 +233,6 @@ Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes) {
          free->second.end() >= address + bytes);
   order(free->second, address, bytes);
   if (!arena_.weights) remember(bytes, address);  // what lives long is packed as tightly as it goes
-  const auto split = [this](Ranges::iterator whole, Address at) {
-    Range& left = whole->second;
-    const auto right = insert(at, left.end() - at, left.segment, left.fence);
-    right->second.held = left.held;
-    free_.erase({left.bytes, left.address});
-    left.bytes = at - left.address;
-    free_.emplace(left.bytes, left.address);
-    return right;
-  };
   if (address != free->second.address) free = split(free, address);
   if (free->second.bytes != bytes) (void)split(free, address + bytes);
   Range& range = free->second;
@@ -263,11 +245,23 @@ Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes) {
   return &range;
 }
 
+// Makes two free ranges of one; returns the second.
+Heap::Ranges::iterator Heap::split(Ranges::iterator free, Address at) {
+  Range& left = free->second;
+  const auto right = insert(at, left.end() - at, left.segment, left.fence);
+  right->second.held = left.held;
+  free_.erase({left.bytes, left.address});
+  left.bytes = at - left.address;
+  free_.emplace(left.bytes, left.address);
+  return right;
+}
+
 // Waits for what may still touch a part of a free range: on the stream, or on the host if there is none.
 void Heap::order(const Range& range, Address address, std::size_t bytes) {
   arena_.order(range.fence);
   if (range.held) return;
-  for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes; ++mapping) {
+  for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes;
+       ++mapping) {
     if (mapping->second.chunk.idle()) chunks_.order(mapping->second.chunk, arena_);
   }
 }
@@ -347,7 +341,8 @@ bool Heap::aliased(const Range& left, const Range& right) noexcept {
   const Range& other = left.bytes < right.bytes ? right : left;
   for (auto entry = first_mapping(one.address); entry != mappings_.end() && entry->first < one.end(); ++entry) {
     for (const Mapping* again : entry->second.chunk.mappings) {
-      if (&again->heap == this && again != &entry->second && again->address < other.end() && again->end() > other.address) {
+      if (&again->heap == this && again != &entry->second && again->address < other.end() &&
+          again->end() > other.address) {
         return true;
       }
     }
@@ -369,7 +364,8 @@ Heap::Ranges::iterator Heap::merge(Ranges::iterator range) noexcept {
     free_.emplace(left->second.bytes, left->first);
     ranges_.erase(right);
   };
-  if (const auto next = std::next(range); next != ranges_.end() && joins(range->second, next->second)) join(range, next);
+  if (const auto next = std::next(range); next != ranges_.end() && joins(range->second, next->second))
+    join(range, next);
   if (range != ranges_.begin()) {
     const auto previous = std::prev(range);
     if (joins(previous->second, range->second)) {
@@ -402,15 +398,14 @@ void Heap::lose(Mapping& mapping) noexcept {
   }
 }
 
-void Heap::regain(Mapping& mapping) noexcept {
-  merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0));
-}
+void Heap::regain(Mapping& mapping) noexcept { merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0)); }
 
 bool Heap::clear() noexcept {
   for (auto entry = mappings_.begin(); entry != mappings_.end();) {
     Mapping& mapping = (entry++)->second;
     try {
-      if (mapping.chunk.current == &mapping || !fences_.finished(std::max(mapping.fence, mapping.chunk.fence))) return false;
+      if (mapping.chunk.current == &mapping || !fences_.finished(std::max(mapping.fence, mapping.chunk.fence)))
+        return false;
     } catch (const DriverError&) {
       return false;
     }
@@ -434,7 +429,8 @@ void Heap::drop(Mapping& mapping) noexcept {
   chunks_.remove(mapping);
   mappings_.erase(self);
   if (--segment->mappings == 0) {
-    const auto entry = std::find_if(segments_.begin(), segments_.end(), [&](const Segment& each) { return &each == segment; });
+    const auto entry =
+        std::find_if(segments_.begin(), segments_.end(), [&](const Segment& each) { return &each == segment; });
     segments_.erase(entry);
   }
 }
@@ -483,8 +479,9 @@ void Heap::check_invariants() const {
       if (over->second.held) held += bytes;
     }
     for (const Mapping* again : chunk.mappings) {
-      require(again == &mapping || &again->heap != this || range == ranges_.end() || again->address >= range->second.end() ||
-                  again->end() <= range->second.address || range->second.address > address,
+      require(again == &mapping || &again->heap != this || range == ranges_.end() ||
+                  again->address >= range->second.end() || again->end() <= range->second.address ||
+                  range->second.address > address,
               "no range shows a chunk twice");
     }
     const bool lost = !chunk.idle() && chunk.current != &mapping;

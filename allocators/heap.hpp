@@ -5,8 +5,8 @@
 // and nothing is rounded up to one. Inside, ranges are handed out by best fit, split, and merged when they are free.
 //
 // The same chunk can be mapped in several places. While it is used through one of them, the others are lost: no range
-// covers them. When it is idle, every place of it is (part of) a free range again, of whichever heap comes first. (A free
-// range never shows a chunk twice: such neighbours stay apart.)
+// covers them. When it is idle, every place of it is (part of) a free range again, of whichever heap comes first. (A
+// free range never shows a chunk twice: such neighbours stay apart.)
 //
 // A range that is freed is cached first: it keeps its place and its chunks, and serves the next request of exactly
 // its size without a search. Whatever the cache does not serve empties it (flush) before anything else is tried, so
@@ -32,7 +32,8 @@ struct Slab;
 enum class RangeState : std::uint8_t { free, cached, live };
 
 struct Range {
-  Range(Heap& owner, Address start, std::size_t size, const void* in) : heap(owner), address(start), bytes(size), segment(in) {}
+  Range(Heap& owner, Address start, std::size_t size, const void* in)
+      : heap(owner), address(start), bytes(size), segment(in) {}
   [[nodiscard]] Address end() const noexcept { return address + bytes; }
 
   Heap& heap;
@@ -127,6 +128,7 @@ class Heap {
   Ranges::iterator merge(Ranges::iterator range) noexcept;
   [[nodiscard]] bool aliased(const Range& left, const Range& right) noexcept;
   [[nodiscard]] Range* cut(Ranges::iterator free, Address address, std::size_t bytes);
+  Ranges::iterator split(Ranges::iterator free, Address at);
   [[nodiscard]] Range* recall(std::size_t bytes);
   void remember(std::size_t bytes, Address address);
   void hold(Range& range) noexcept;
@@ -144,14 +146,14 @@ class Heap {
   Arena& arena_;
   const char* kind_;
   std::size_t step_;
-  std::size_t live_ = 0;    // ranges
-  std::size_t cached_ = 0;  // ranges
-  std::size_t mapped_ = 0;  // bytes of all mappings
-  std::list<Segment> segments_;  // the last one grows
-  Mappings mappings_;            // by address
-  Ranges ranges_;                // by address: everything that is mapped and not lost
-  std::set<std::pair<std::size_t, Address>> free_;  // free ranges by size
-  std::array<Cached, 64> cache_;                    // by a hash of the size
+  std::size_t live_ = 0;                                         // ranges
+  std::size_t cached_ = 0;                                       // ranges
+  std::size_t mapped_ = 0;                                       // bytes of all mappings
+  std::list<Segment> segments_;                                  // the last one grows
+  Mappings mappings_;                                            // by address
+  Ranges ranges_;                                                // by address: everything that is mapped and not lost
+  std::set<std::pair<std::size_t, Address>> free_;               // free ranges by size
+  std::array<Cached, 64> cache_;                                 // by a hash of the size
   std::unordered_map<std::size_t, std::deque<Address>> places_;  // where sizes were, least recently used first
   std::size_t remembered_ = 0;                                   // addresses in places_
 };

@@ -34,8 +34,7 @@ Tag parse_tag(const std::string& name) {
   for (std::size_t tag = 0; tag < glake::tag_count; ++tag) {
     if (name == glake::tag_name(static_cast<Tag>(tag))) return static_cast<Tag>(tag);
   }
-  throw nb::value_error(
-      ("unknown tag '" + name + "': expected 'activations', 'weights' or 'workspace'").c_str());
+  throw nb::value_error(("unknown tag '" + name + "': expected 'activations', 'weights' or 'workspace'").c_str());
 }
 
 PoolOptions parse_options(const std::string& debug, bool wipe, bool ignore_streams) {

@@ -148,9 +148,6 @@ OrtStatus* OrtDeviceAllocator::shrink(OrtAllocator* self) noexcept {
 }
 
 void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
-  FailedAllocation failure;
-  failure.requested = bytes;
-  failure.thread = gettid();
   try {
     const std::size_t extra = on_cuda_ || bytes == 0 || bytes > most - read_ahead ? 0 : read_ahead;
     void* const address = reinterpret_cast<void*>(pool_.allocate(bytes + extra, tag, stream));
@@ -158,6 +155,18 @@ void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, StreamHandle stre
     while (bytes > largest && !largest_.compare_exchange_weak(largest, bytes, std::memory_order_relaxed)) {
     }
     return address;
+  } catch (...) {
+    fail(bytes);
+  }
+}
+
+// Records why, and throws what ONNX Runtime quotes. In the handler of an exception.
+void OrtDeviceAllocator::fail(std::size_t bytes) {
+  FailedAllocation failure;
+  failure.requested = bytes;
+  failure.thread = gettid();
+  try {
+    throw;
   } catch (const OutOfMemoryError& error) {
     failure.out_of_memory = error.record;
   } catch (const ForkedProcess&) {

@@ -99,6 +99,7 @@ class OrtDeviceAllocator {
   static OrtStatus* get_stats(const OrtAllocator* self, OrtKeyValuePairs** stats) noexcept;
   static OrtStatus* shrink(OrtAllocator* self) noexcept;
 
+  [[noreturn]] void fail(std::size_t bytes);
   void record(FailedAllocation& failure) noexcept;
 
   Face face_;

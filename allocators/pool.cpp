@@ -14,6 +14,8 @@ namespace {
 
 constexpr std::size_t page = 4096;
 constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+// CU_STREAM_PER_THREAD
+constexpr StreamHandle per_thread_stream = 2;
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
 
@@ -98,10 +100,14 @@ Pool::~Pool() {
 }
 
 void Pool::add(Range& range) { table_.emplace(range.address, &range); }
-void Pool::remove(Range& range) noexcept { table_.erase(range.address); }
+void Pool::remove(Range& range) noexcept {
+  table_.erase(range.address);
+  recent_.fill({});  // it may name the range, or objects of a slab in it
+}
 
 Arena& Pool::make_arena(Arena::Mode mode, bool weights) {
-  return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode, weights);
+  return arenas_.emplace_back(*memory_, chunks_, fences_, static_cast<RangeTable&>(*this), ++arena_serial_, mode,
+                              weights);
 }
 
 Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
@@ -151,6 +157,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
 
 // A request of this stream that is not being captured: no capture on it is in progress.
 void Pool::notice_end_of_capture(StreamHandle stream) noexcept {
+  if (stream == per_thread_stream) return;  // another stream for every thread
   for (Arena* arena : graphs_) {
     if (arena->stream == stream) arena->may_be_capturing = false;
   }
@@ -273,10 +280,13 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   Address address = 0;
   try {
     if (bytes < small_limit) {
-      address = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
-      if (address == 0) {
-        throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))), false);
+      const Slabs::Place place = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
+      if (place.slab == nullptr) {
+        throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))),
+                            false);
       }
+      address = place.slab->range->address + place.object * place.slab->object_bytes;
+      recent(address) = {address, place.slab->range, place.slab};
     } else {
       Heap& heap = arena.heap_for(bytes);
       if (bytes > most - page) throw_out_of_memory(bytes, nullptr, bytes, false);
@@ -286,6 +296,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
       range->holder = holder;
       usage_.add(range->bytes);
       address = range->address;
+      recent(address) = {address, range, nullptr};
     }
   } catch (const DeviceFullError&) {
     throw_out_of_memory(bytes, nullptr, bytes, true);
@@ -326,24 +337,32 @@ std::vector<AllocationRecord> Pool::live() const {
 }
 
 Pool::Found Pool::find(Address address) {
-  if (const auto step = slab_table_.find(address / Arena::slab_step * Arena::slab_step); step != slab_table_.end()) {
-    Slab& slab = *step->second;
-    if (!Slabs::is_live(slab, address)) {
+  Recent known = recent(address);
+  if (known.address != address) {
+    known = {address, nullptr, nullptr};
+    if (const auto step = slab_table_.find(address / Arena::slab_step * Arena::slab_step); step != slab_table_.end()) {
+      known.slab = step->second;
+    } else if (const auto found = table_.find(address); found != table_.end()) {
+      known.range = found->second;
+    }
+  }
+  if (known.slab != nullptr) {
+    const std::size_t object = known.slab->live_at(address);
+    if (object == Slab::nothing) {
       throw InvalidPointer("address " + hexadecimal(address) +
                            " is inside a slab but is no live object of it: freed twice, or not the address that was "
                            "handed out");
     }
-    return {slab.range, &slab};
+    return {known.slab->range, known.slab, object};
   }
-  const auto found = table_.find(address);
-  if (found == table_.end()) {
+  if (known.range == nullptr) {
     throw InvalidPointer("address " + hexadecimal(address) +
                          " does not belong to this pool: it was never handed out, or freed long ago");
   }
-  if (found->second->state != RangeState::live) {
+  if (known.range->state != RangeState::live) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
-  return {found->second, nullptr};
+  return {known.range, nullptr, 0};
 }
 
 // Sets what was freed to zero, behind all work that may still use it.
@@ -361,7 +380,7 @@ void Pool::wipe(Address address, std::size_t bytes, const Arena& arena) {
 void Pool::take_back(Found found, Address address, bool keep) {
   Range& range = *found.range;
   Arena& arena = range.heap.arena();
-  Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.slab->position(address)] : nullptr;
+  Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.object] : nullptr;
   const std::size_t requested = object != nullptr ? object->requested : range.requested;
   const std::uint32_t holder = object != nullptr ? object->holder : range.holder;
   Fence fence = 0;
@@ -383,7 +402,7 @@ void Pool::take_back(Found found, Address address, bool keep) {
     return;
   }
   if (object != nullptr) {
-    found.slab->arena->slabs.deallocate(*found.slab, address, fence, usage_);
+    found.slab->arena->slabs.deallocate(*found.slab, found.object, fence, usage_);
   } else {
     usage_.active -= range.bytes;
     range.fence = fence;
@@ -433,10 +452,8 @@ void Pool::deallocate(Address address, StreamHandle stream) {
     graph->kept.push_back(address);
     kept_.insert(address);
   }
-  if (recorder_) {
-    recorder_->freed(address);
-  }
   take_back(found, address, graph != nullptr);
+  if (recorder_) recorder_->freed(address);
   ++deallocations_;
   verify();
 }
@@ -630,8 +647,8 @@ std::vector<SegmentView> Pool::snapshot() const {
         view.bytes += range.bytes;
         const auto show = [&](Address start, std::size_t bytes, std::size_t requested, const char* state,
                               std::uint32_t holder) {
-          view.ranges.push_back({start, bytes, requested, state, static_cast<Tag>(holder % tag_count),
-                                 label_name(holder / tag_count)});
+          view.ranges.push_back(
+              {start, bytes, requested, state, static_cast<Tag>(holder % tag_count), label_name(holder / tag_count)});
         };
         if (range.slab != nullptr && range.state == RangeState::live) {
           const Slab& slab = *range.slab;
@@ -673,7 +690,8 @@ void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::siz
     record.idle = record.reserved - record.active;
     record.needed_limit = requested <= most / 2 ? debug_->needed_limit(requested, Tag::activations) : most;
   } else {
-    record.needed_limit = plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
+    record.needed_limit =
+        plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
   }
   record.device_free = memory_->free_bytes();
   record.device_full = device_full;

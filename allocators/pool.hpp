@@ -257,9 +257,17 @@ class Pool final : private RangeTable, private RangeSource {
   [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
 
   struct Found {
-    Range* range = nullptr;  // of a block, or of the slab
+    Range* range = nullptr;  // that was handed out, or the slab's
+    Slab* slab = nullptr;
+    std::size_t object = 0;  // of the slab
+  };
+  // What was allocated lately: most of it is freed soon, and found here without a search.
+  struct Recent {
+    Address address = 0;
+    Range* range = nullptr;
     Slab* slab = nullptr;
   };
+  [[nodiscard]] Recent& recent(Address address) noexcept { return recent_[address * 0x9E3779B97F4A7C15U >> 57]; }
   [[nodiscard]] Found find(Address address);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void apply_options();
@@ -268,7 +276,8 @@ class Pool final : private RangeTable, private RangeSource {
   void take_back(Found found, Address address, bool keep);
   void hold(std::uint32_t holder, std::size_t bytes);
   void wipe(Address address, std::size_t bytes, const Arena& arena);
-  [[noreturn]] void throw_out_of_memory(std::size_t requested, const Heap* heap, std::size_t range_bytes, bool device_full);
+  [[noreturn]] void throw_out_of_memory(std::size_t requested, const Heap* heap, std::size_t range_bytes,
+                                        bool device_full);
   [[nodiscard]] std::vector<Holder> holders_locked() const;
   void check_locked() const;
   void verify() const;  // check_locked(), where that was asked for
@@ -284,6 +293,7 @@ class Pool final : private RangeTable, private RangeSource {
   Chunks chunks_;
   std::unordered_map<Address, Range*> table_;  // live and cached ranges by address
   SlabTable slab_table_;
+  std::array<Recent, 128> recent_{};
   Usage usage_;
   std::uint64_t arena_serial_ = 0;
   std::list<Arena> arenas_;
@@ -293,11 +303,11 @@ class Pool final : private RangeTable, private RangeSource {
   std::vector<Arena*> graphs_;                           // mode capture
   std::unordered_set<Address> kept_;                     // freed, and kept for a graph
   std::size_t expected_captures_ = 0;
-  std::unordered_map<Address, std::size_t> files_;       // mapped files: address -> bytes as asked for
-  std::size_t file_bytes_ = 0;                           // rounded up to pages
-  std::vector<std::size_t> held_;                        // bytes as asked for, by holder: label * tag_count + tag
+  std::unordered_map<Address, std::size_t> files_;  // mapped files: address -> bytes as asked for
+  std::size_t file_bytes_ = 0;                      // rounded up to pages
+  std::vector<std::size_t> held_;                   // bytes as asked for, by holder: label * tag_count + tag
   std::unique_ptr<Recorder> recorder_;
-  std::unique_ptr<DebugHeap> debug_;                     // in place of the arenas
+  std::unique_ptr<DebugHeap> debug_;  // in place of the arenas
   std::uint64_t allocations_ = 0;
   std::uint64_t deallocations_ = 0;
 };

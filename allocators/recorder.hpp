@@ -29,7 +29,9 @@ struct TraceEvent {
 
 class Recorder final : public MapObserver {
  public:
-  explicit Recorder(std::size_t most_events) : most_(most_events) { events_.reserve(std::min<std::size_t>(most_, 4096)); }
+  explicit Recorder(std::size_t most_events) : most_(most_events) {
+    events_.reserve(std::min<std::size_t>(most_, 4096));
+  }
 
   void allocated(Address address, std::size_t bytes, std::uint8_t tag, std::uint32_t label, StreamHandle stream) {
     const TraceEvent event{tag == 1 ? 'r' : 'a', tag, label, now(), ++allocations_, address, bytes, stream};

@@ -9,12 +9,13 @@
 
 namespace glake {
 
-Address Slabs::allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table, Usage& usage) {
+Slabs::Place Slabs::allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
+                             Usage& usage) {
   const std::size_t class_index = size_classes::index(bytes);
   Class& own = classes_[class_index];
   Slab* slab = own.partial.front();
   if (slab == nullptr) slab = make(class_index, source, table);
-  if (slab == nullptr) return 0;
+  if (slab == nullptr) return {};
 
   std::size_t word = 0;
   while (slab->free[word] == 0) ++word;
@@ -30,7 +31,7 @@ Address Slabs::allocate(std::size_t bytes, std::uint32_t holder, RangeSource& so
     usage.add(slab->range->bytes);
   }
   if (slab->live == slab->capacity) own.partial.remove(*slab);
-  return slab->range->address + object * slab->object_bytes;
+  return {slab, object};
 }
 
 Slab* Slabs::make(std::size_t class_index, RangeSource& source, SlabTable& table) {
@@ -51,8 +52,8 @@ Slab* Slabs::make(std::size_t class_index, RangeSource& source, SlabTable& table
     made->range = range;
     made->arena = &arena_;
     made->class_index = class_index;
-    made->object_bytes = object_bytes;
-    made->capacity = range->bytes / object_bytes;
+    made->object_bytes = static_cast<std::uint32_t>(object_bytes);
+    made->capacity = static_cast<std::uint32_t>(range->bytes / object_bytes);
     made->free.assign((made->capacity + 63) / 64, ~std::uint64_t{0});
     if (made->capacity % 64 != 0) made->free.back() = (std::uint64_t{1} << (made->capacity % 64)) - 1;
     made->objects.assign(made->capacity, {});
@@ -69,14 +70,7 @@ Slab* Slabs::make(std::size_t class_index, RangeSource& source, SlabTable& table
   return made;
 }
 
-bool Slabs::is_live(const Slab& slab, Address address) noexcept {
-  const std::size_t object = slab.position(address);
-  return (address - slab.range->address) % slab.object_bytes == 0 && object < slab.capacity &&
-         (slab.free[object / 64] >> (object % 64) & 1) == 0;
-}
-
-Slab::Object Slabs::deallocate(Slab& slab, Address address, Fence fence, Usage& usage) {
-  const std::size_t object = slab.position(address);
+void Slabs::deallocate(Slab& slab, std::size_t object, Fence fence, Usage& usage) {
   if (fence != 0) {
     slab.fences.resize(slab.capacity);
     slab.fences[object] = fence;
@@ -91,7 +85,6 @@ Slab::Object Slabs::deallocate(Slab& slab, Address address, Fence fence, Usage& 
     active_ -= slab.range->bytes;
     usage.active -= slab.range->bytes;
   }
-  return slab.objects[object];
 }
 
 void Slabs::flush(SlabTable& table) noexcept {

@@ -48,8 +48,8 @@ struct Slab {
   Range* range = nullptr;
   Arena* arena = nullptr;
   std::size_t class_index = 0;
-  std::size_t object_bytes = 0;
-  std::size_t capacity = 0;         // objects
+  std::uint32_t object_bytes = 0;
+  std::uint32_t capacity = 0;       // objects
   std::size_t live = 0;             // objects handed out
   std::vector<std::uint64_t> free;  // one bit per object, set while it is free
   std::vector<Object> objects;      // of the live ones
@@ -57,7 +57,14 @@ struct Slab {
   Fence fence = 0;                  // the latest of them
   Link<Slab> partial_link;          // in the list of slabs that have a free object
 
-  [[nodiscard]] std::size_t position(Address address) const noexcept { return (address - range->address) / object_bytes; }
+  static constexpr std::size_t nothing = ~std::size_t{0};
+  // The number of the live object at this address, or `nothing`.
+  [[nodiscard]] std::size_t live_at(Address address) const noexcept {
+    const auto offset = static_cast<std::uint32_t>(address - range->address);  // slabs are small: this divides faster
+    const std::uint32_t object = offset / object_bytes;
+    if (object * object_bytes != offset || object >= capacity) return nothing;
+    return (free[object / 64] >> (object % 64) & 1) == 0 ? object : nothing;
+  }
 };
 
 // Slabs by address: every step of a slab's range points to it.
@@ -78,13 +85,15 @@ class Slabs {
   Slabs(const Slabs&) = delete;
   Slabs& operator=(const Slabs&) = delete;
 
-  // An object of `bytes` (1 to small_limit - 1); 0 when the limit does not allow it. Throws DriverError.
-  [[nodiscard]] Address allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
-                                 Usage& usage);
-  // Whether the address is that of a live object of the slab.
-  [[nodiscard]] static bool is_live(const Slab& slab, Address address) noexcept;
-  // Frees a live object, which work behind `fence` may still touch; returns what it was.
-  Slab::Object deallocate(Slab& slab, Address address, Fence fence, Usage& usage);
+  struct Place {
+    Slab* slab = nullptr;  // null: the limit does not allow it
+    std::size_t object = 0;
+  };
+  // An object of `bytes` (1 to small_limit - 1). Throws DriverError.
+  [[nodiscard]] Place allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
+                               Usage& usage);
+  // Frees a live object, which work behind `fence` may still touch.
+  void deallocate(Slab& slab, std::size_t object, Fence fence, Usage& usage);
   // Gives the ranges of vacant slabs back to the heap.
   void flush(SlabTable& table) noexcept;
 

@@ -30,6 +30,8 @@ class Allocator(ABC):
     # How much more than what was asked for may stay reserved beside a live block after trim(): a piece of physical
     # memory comes and goes as a whole.
     largest_chunk = 32 * MiB
+    # Whether freed memory is kept for reuse.
+    keeps_idle = True
     # Steps of the random mixes are divided by this.
     slowness = 1
 
@@ -171,7 +173,7 @@ class AllocatorConformance:
         large = [allocator.allocate(size * MiB) for size in (1, 2, 3, 5, 7, 11, 13, 17, 19)]
         for address in small + large:
             allocator.deallocate(address)
-        assert allocator.stats()["idle"] > LIMIT // 4
+        assert allocator.stats()["idle"] > LIMIT // 4 or not allocator.keeps_idle
         whole = allocator.allocate(LIMIT)
         assert allocator.stats()["reserved"] <= LIMIT
         allocator.check_invariants()
@@ -185,7 +187,7 @@ class AllocatorConformance:
         for address in [allocator.allocate(size) for size in (10, 10_000, 10 * MiB)]:
             allocator.deallocate(address)
         before = allocator.stats()
-        assert before["idle"] > 10 * MiB
+        assert before["idle"] > 10 * MiB or not allocator.keeps_idle
         given_back = allocator.trim()
         after = allocator.stats()
         assert given_back == before["reserved"] - after["reserved"]
@@ -193,7 +195,8 @@ class AllocatorConformance:
         allocator.fill(kept, 3 * MiB, 9)
         assert allocator.holds(kept, 3 * MiB, 9)
         allocator.deallocate(kept)
-        assert allocator.trim() == after["reserved"]
+        given_back = allocator.trim()
+        assert given_back == after["reserved"] or not allocator.keeps_idle
         assert allocator.stats()["reserved"] == 0
         allocator.check_invariants()
 
@@ -236,6 +239,8 @@ class AllocatorConformance:
         allocator.check_invariants()
 
     def test_the_same_sizes_again_make_no_driver_calls(self, allocator):
+        if not allocator.keeps_idle:
+            pytest.skip("this allocator keeps nothing")
         sizes = [700, 40_000, 3 * MiB, 17 * MiB + 5, 33 * MiB, 900_000]
         for turn in range(4):
             addresses = [allocator.allocate(size) for size in sizes]
@@ -247,8 +252,8 @@ class AllocatorConformance:
         assert allocator.stats()["driver_calls"] == warm
 
     def test_a_stream_gets_its_own_memory_back_at_once(self, allocator):
-        if not allocator.streams:
-            pytest.skip("this face has no streams")
+        if not allocator.streams or not allocator.keeps_idle:
+            pytest.skip("this face has no streams, or keeps nothing")
         first, second = allocator.streams[:2]
         for size in (500, 100_000, 5 * MiB):
             address = allocator.allocate_on(size, first)
@@ -291,9 +296,14 @@ class AllocatorConformance:
 
     def test_contents_survive_a_random_mix_at_the_limit(self, allocator):
         refused = self._mix(
-            allocator, random.Random(2), steps=1500 // allocator.slowness, largest=LIMIT, budget=2 * LIMIT
+            allocator,
+            random.Random(2),
+            steps=1500 // allocator.slowness,
+            largest=LIMIT,
+            budget=2 * LIMIT,
+            frees=0.35,
         )
-        assert refused > 20 // allocator.slowness  # it really was at the limit
+        assert refused > 60 // allocator.slowness  # it really was at the limit
         allocator.check_invariants()
         assert allocator.stats()["active"] == 0
 
@@ -352,12 +362,13 @@ class AllocatorConformance:
         largest: int,
         budget: int,
         stream: int | None = None,
+        frees: float = 0.45,
     ) -> int:
         """Allocate and free at random, verifying contents; returns how many requests were refused."""
         live: list[tuple[int, int, int]] = []
         held = refused = 0
         for step in range(steps):
-            if live and (held > budget or rng.random() < 0.45):
+            if live and (held > budget or rng.random() < frees):
                 address, size, value = live.pop(rng.randrange(len(live)))
                 assert allocator.holds(address, size, value)
                 allocator.deallocate(address)

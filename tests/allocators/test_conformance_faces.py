@@ -168,7 +168,9 @@ class TestDebugPool(AllocatorConformance):
     def allocator(self):
         pool_module._handles.clear()
         with Pool(limit=LIMIT, debug=True) as pool:
-            yield PythonPool(pool)
+            allocator = PythonPool(pool)
+            allocator.keeps_idle = False
+            yield allocator
 
 
 class TestTorchFace:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from conformance import KiB, MiB
 
-from glake_infer.allocators import _native
+from glake_infer.allocators import OutOfMemoryError, _native
 
 GRANULE = 64 * KiB
 
@@ -44,26 +44,38 @@ def test_the_classes_waste_less_than_a_third_and_keep_alignment(pool):
             pool.deallocate(address)
 
 
-def test_a_single_object_takes_no_more_than_its_granules(pool):
-    for size in (65_000, 200_000, 500_000, 900_000):
+def test_a_single_object_takes_no_more_than_a_granule(pool):
+    for size in (1, 1000, 9000, 20_000, 32 * KiB - 1):
         address = pool.allocate(size)
-        assert pool.stats()["active"] < size * 1.25 + GRANULE
+        assert pool.stats()["active"] == GRANULE
+        assert pool.stats()["slabs"] == 1
+        pool.deallocate(address)
+
+
+def test_from_32_kib_on_a_request_is_no_slab(pool):
+    for size in (32 * KiB, 65_000, 200_000, 900_000):
+        address = pool.allocate(size)
+        assert pool.stats()["active"] == (size + 511) // 512 * 512
+        assert pool.stats()["slabs"] == 0
         pool.deallocate(address)
 
 
 def test_a_class_in_demand_gets_larger_slabs(pool):
     addresses = [pool.allocate(20_000) for _ in range(64)]
     assert pool.stats()["slabs"] <= 16
-    assert pool.stats()["active"] < 64 * 20_000 * 1.4
+    assert pool.stats()["active"] < 64 * 20_000 * 1.2
     for address in addresses:
         pool.deallocate(address)
 
 
 def test_the_last_room_below_the_limit_serves_single_objects():
-    pool = _native.Pool(640 * KiB)
-    # 112 KiB each. Slabs for 1, 1 and 2 take 512 KiB; the next would be for 4.
-    addresses = [pool.allocate(100_000) for _ in range(5)]
-    assert pool.stats()["reserved"] == 640 * KiB
+    pool = _native.Pool(3 * GRANULE)
+    # Objects of 20 KiB, three to a granule. Slabs for 1 and 3 take two granules; the next would be for 6.
+    addresses = [pool.allocate(20_000) for _ in range(9)]
+    stats = pool.stats()
+    assert (stats["slabs"], stats["reserved"]) == (3, 3 * GRANULE)
+    with pytest.raises(OutOfMemoryError):
+        pool.allocate(20_000)
     for address in addresses:
         pool.deallocate(address)
     pool.check_invariants()
@@ -82,9 +94,10 @@ def test_weights_and_activations_do_not_share_slabs(pool):
     weight, activation = pool.allocate(100, "weights"), pool.allocate(100)
     stats = pool.stats()
     assert stats["slabs"] == 2
-    assert stats["weights"] == GRANULE
+    assert stats["weights"] == 100
+    assert stats["active"] == 2 * GRANULE
     pool.deallocate(activation)
-    assert pool.stats()["active"] == pool.stats()["weights"] == GRANULE
+    assert (pool.stats()["active"], pool.stats()["weights"]) == (GRANULE, 100)
     pool.deallocate(weight)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("cupy")
 import kernels
 
 from glake_infer import Pool
-from glake_infer.allocators import DeviceNotFoundError, OutOfMemoryError, PoolExistsError
+from glake_infer.allocators import DeviceNotFoundError, InputError, OutOfMemoryError, PoolExistsError
 
 pytestmark = pytest.mark.gpu
 MiB, GiB = 2**20, 2**30
