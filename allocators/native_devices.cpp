@@ -187,6 +187,7 @@ void bind_devices(nb::module_& module) {
       .def("end_capture", &SimulatedStreams::end_capture, "stream"_a, Unlocked())
       .def("launch_graph", &SimulatedStreams::launch_graph, "graph"_a, "stream"_a, Unlocked())
       .def("destroy_graph", &SimulatedStreams::destroy_graph, "graph"_a, Unlocked())
+      .def("wait_in_captures", &SimulatedStreams::wait_in_captures, "on"_a, Unlocked())
       .def_prop_ro("mismatches", &SimulatedStreams::mismatches)
       .def_prop_ro("misuses", &SimulatedStreams::misuses);
 }

@@ -283,7 +283,7 @@ bool SimulatedStreams::synchronize_all() {
   {
     const std::lock_guard lock(mutex_);
     for (auto& [handle, stream] : streams_) {
-      if (stream.capture != 0) return false;
+      if (stream.capture != 0 && !waits_in_captures_.load()) return false;
     }
     for (auto& [handle, stream] : streams_) marks.push_back(mark_end(stream));
     for (const auto& worker : retired_) {

@@ -57,6 +57,10 @@ class SimulatedStreams final : public StreamOrder {
   // The flags of watch_graph() are set once the last launch is done.
   void destroy_graph(std::uint64_t graph);
 
+  // Whether synchronize_all() can wait during captures and leave them intact, as it was measured of drivers whose frees
+  // wait (CudaStreams). Off at first.
+  void wait_in_captures(bool on) noexcept { waits_in_captures_ = on; }
+
   // Bytes that a check found wrong so far.
   [[nodiscard]] std::uint64_t mismatches() const noexcept { return mismatches_.load(); }
   // Calls so far that would have crashed the process or broken a capture on CUDA.
@@ -101,6 +105,7 @@ class SimulatedStreams final : public StreamOrder {
   StreamHandle own_ = 0;  // made at first use
   std::uint64_t last_id_ = 0;
   std::uint64_t last_capture_ = 0;
+  std::atomic<bool> waits_in_captures_ = false;
   std::atomic<std::uint64_t> mismatches_ = 0;
   std::atomic<std::uint64_t> misuses_ = 0;
 };
