@@ -42,7 +42,7 @@ Fence Fences::record() {
   const Fence fence = now();
   try {
     if (fence != 0 && captures == 0) record_event();
-  } catch (const DriverError&) {  // a capture that the pool has not seen: a free must not fail, and who waits tries again
+  } catch (const DriverError&) {  // a free must not fail; who waits tries again
   }
   return fence;
 }
