@@ -223,10 +223,11 @@ Address DebugHeap::allocate(std::size_t bytes, Tag tag, StreamHandle stream, std
   if (!pending_.empty() && drain()) settle();
   AllocationRecord record{last_id_ + 1,    0, bytes, tag, label, stream, static_cast<std::uint64_t>(gettid()), now_ns(),
                           std::move(stack)};
-  if (stream != no_stream) streams_.insert(stream);
+  auto graph = watch(stream);
   const std::size_t stride = stride_for(bytes);
   const Address address = stride == 0 ? allocate_large(std::move(record)) : allocate_small(std::move(record), stride);
   if (address == 0) return 0;
+  if (graph) captured_.insert_or_assign(address, std::move(graph));
   ++last_id_;
   ++live_count_;
   requested_ += bytes;
@@ -363,20 +364,41 @@ bool DebugHeap::drain() {
 }
 
 // The captures that may have recorded work on the allocation: that of its stream, and any where it has none.
-DebugHeap::Graphs DebugHeap::watch(const Slot& slot) {
+// Notices that a stream is being captured, or is not any more. Returns the flag of the graph, if there will be one.
+std::shared_ptr<std::atomic<bool>> DebugHeap::watch(StreamHandle stream) {
+  StreamOrder* const order = memory_.streams();
+  if (order == nullptr || stream == no_stream) return nullptr;
+  const std::optional<StreamState> state = order->state(stream);
+  if (!state) return nullptr;
+  for (Watch& known : watches_) {
+    if (known.stream != stream) continue;
+    known.may_be_capturing = known.capture == state->capture;
+    if (known.may_be_capturing) return known.dead;
+  }
+  if (state->capture == 0) return nullptr;
+  auto dead = std::make_shared<std::atomic<bool>>(false);
+  watches_.push_back({stream, state->capture, dead});
+  try {
+    order->watch_graph(stream, dead);
+  } catch (...) {
+    watches_.pop_back();
+    throw;
+  }
+  return dead;
+}
+
+// The graphs that may use an allocation: the one in whose capture it was made, and those that are being captured on
+// its stream, or on any if it was made for none.
+DebugHeap::Graphs DebugHeap::graphs_of(const Slot& slot) {
+  std::erase_if(watches_, [](const Watch& watch) { return watch.dead->load(); });
   Graphs graphs;
-  StreamOrder& order = *memory_.streams();  // only a device with streams captures
-  for (auto stream = streams_.begin(); stream != streams_.end();) {
-    const std::optional<StreamState> state = order.state(*stream);
-    if (!state) {
-      stream = streams_.erase(stream);
-      continue;
-    }
-    if (state->capture != 0 && (slot.allocation.stream == no_stream || slot.allocation.stream == *stream)) {
-      graphs.push_back(std::make_shared<std::atomic<bool>>(false));
-      order.watch_graph(*stream, graphs.back());
-    }
-    ++stream;
+  if (const auto own = captured_.find(slot.allocation.address); own != captured_.end()) {
+    if (!own->second->load()) graphs.push_back(own->second);
+    captured_.erase(own);
+  }
+  for (const Watch& known : watches_) {
+    if (!known.may_be_capturing) continue;
+    if (slot.allocation.stream == no_stream || slot.allocation.stream == known.stream) graphs.push_back(known.dead);
   }
   return graphs;
 }
@@ -386,12 +408,13 @@ void DebugHeap::deallocate(Address address, std::string stack) {
   Slot& slot = place.slot();
   FreeRecord freed{static_cast<std::uint64_t>(gettid()), now_ns(), std::move(stack)};
   std::vector<Corruption> found;
-  const bool drained = drain();
+  Graphs graphs = graphs_of(slot);
+  const bool drained = graphs.empty() && drain();
   if (drained) {
     settle();
     found = clear(place, Corruption::Found::at_free);
   } else {
-    pending_.push_back({place, watch(slot)});
+    pending_.push_back({place, std::move(graphs)});
   }
   slot.state = drained ? State::freed : State::pending;
   slot.freed = std::move(freed);

@@ -202,6 +202,13 @@ class DebugHeap {
   };
   // Set when a graph that may use the memory is gone.
   using Graphs = std::vector<std::shared_ptr<std::atomic<bool>>>;
+  // A capture that a request came from. (Only the handle that a request names can be asked: it may be gone later.)
+  struct Watch {
+    StreamHandle stream;
+    std::uint64_t capture;
+    std::shared_ptr<std::atomic<bool>> dead;
+    bool may_be_capturing = true;  // until a request of the stream shows otherwise
+  };
   struct Pending {
     Place place;
     Graphs graphs;
@@ -221,7 +228,8 @@ class DebugHeap {
   [[nodiscard]] Place find_live(Address address, const std::string& stack) const;
   [[noreturn]] void refuse(Address address, const Region* region, const std::string& stack) const;
   [[nodiscard]] bool drain();  // waits for the device; false: a capture is in progress
-  [[nodiscard]] Graphs watch(const Slot& slot);
+  [[nodiscard]] std::shared_ptr<std::atomic<bool>> watch(StreamHandle stream);
+  [[nodiscard]] Graphs graphs_of(const Slot& slot);
   void settle();                                                                     // pending allocations
   [[nodiscard]] std::vector<Corruption> clear(Place place, Corruption::Found when);  // checks, wipes, poisons
   void finish(Place place) noexcept;                                                 // after clear()
@@ -240,8 +248,9 @@ class DebugHeap {
   std::deque<Region*> quarantine_;                      // oldest first
   std::map<SlabKind, std::deque<Place>> free_slots_;    // oldest freed first
   std::deque<Pending> pending_;
-  std::set<StreamHandle> streams_;  // that allocations were made for
-  std::deque<Corruption> found_;    // since the last check()
+  std::vector<Watch> watches_;                                      // of graphs that are not gone
+  std::map<Address, std::shared_ptr<std::atomic<bool>>> captured_;  // allocated in a capture: whether its graph is gone
+  std::deque<Corruption> found_;                                    // since the last check()
   std::size_t reserved_ = 0;
   std::size_t pinned_ = 0;
   std::size_t active_total_ = 0;

@@ -54,7 +54,7 @@ PoolOptions parse_options(const std::string& debug, bool wipe, bool ignore_strea
 // -1 stands for "no stream" in Python.
 std::int64_t to_python(StreamHandle stream) { return static_cast<std::int64_t>(stream); }
 
-nb::dict stats(const Pool& pool) {
+nb::dict stats(Pool& pool) {
   glake::PoolStats stats;
   {
     const nb::gil_scoped_release unlocked;

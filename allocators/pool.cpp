@@ -537,10 +537,13 @@ void Pool::expect_captures(bool on) {
   count_captures();
 }
 
-PoolStats Pool::stats() const {
+PoolStats Pool::stats() {
   // A child must not wait for a lock that a thread of the parent held when it forked.
   std::unique_lock lock(mutex_, std::defer_lock);
-  if (!process_.is_child()) lock.lock();
+  if (!process_.is_child()) {
+    lock.lock();
+    collect_graphs();
+  }
   PoolStats stats;
   stats.active = usage_.active;
   stats.idle = chunks_.reserved() - usage_.active;

@@ -103,7 +103,7 @@ struct PoolStats {
   std::size_t requested = 0;  // as asked for, of what is live; active - requested is lost to rounding
   std::size_t peak_requested = 0;
   std::size_t limit = 0;
-  std::size_t weights = 0;          // the part of active that holds weights, with the mapped files
+  std::size_t weights = 0;          // weights as asked for, and the mapped files
   std::size_t mapped_files = 0;     // the part of weights that is files
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
@@ -217,7 +217,7 @@ class Pool final : private RangeTable, private RangeSource {
   void expect_captures(bool on);
 
   // In a child of fork(): the parent's figures as they were.
-  [[nodiscard]] PoolStats stats() const;
+  [[nodiscard]] PoolStats stats();
   // Who holds memory, largest first; all of it adds up to `requested`.
   [[nodiscard]] std::vector<Holder> holders() const;
   void reset_peaks();

@@ -101,10 +101,14 @@ _devices: set[str] = {"cpu"}  # that ever had a handle: where a failure of ONNX 
 _labels = threading.local()
 
 
+_inherited: set[str] = set()  # devices of the parent's pools, in a child of fork()
+
+
 def _forget_handles() -> None:
     global _lock
     _lock = threading.RLock()
     _handles.clear()
+    _inherited.update(_devices - {"cpu"})
 
 
 os.register_at_fork(after_in_child=_forget_handles)
@@ -148,6 +152,8 @@ class Pool:
     ) -> None:
         if debug not in (False, True, "guard"):
             raise InputError(f"debug={debug!r}: expected False, True or 'guard'")
+        if _inherited and str(device).startswith("cuda"):
+            raise ForkedProcessError  # CUDA cannot even be asked which devices there are
         self._device = parse_device(device)
         asked = _parse_limit(limit)
         from . import _native

@@ -24,7 +24,7 @@ def _family() -> None:
 @app.command()
 @command
 def pool(
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON line per size.")] = False,
 ) -> None:
     """Time an allocate and a free of an exact fit, called as ONNX Runtime calls them, on one thread.

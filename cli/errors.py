@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,10 +27,6 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             function(*args, **kwargs)
             sys.stdout.flush()
 
-    # As objects and not as text: typer before 0.26 looks their names up in this module.
-    signature = inspect.signature(function, eval_str=True)
-    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped
 
 

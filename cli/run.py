@@ -59,7 +59,8 @@ def run(
         typer.Option(metavar="SIZE", help="Most that the pool may hold, as 4GiB.", show_default=False),
     ] = None,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="Where to run: cpu, cuda (the first GPU), cuda:1.")
+        str,
+        typer.Option("--device", metavar="DEVICE", help="Where to run: cpu, cuda (the first GPU), cuda:1."),
     ] = "cpu",
     intra_op: Annotated[
         int | None,

@@ -37,7 +37,7 @@ def replay(
             "cuda-async, torch, torch-expandable, rmm.",
         ),
     ] = "glake",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
     repeat: Annotated[int, typer.Option(metavar="N", min=1, help="Replays of each trace.")] = 1,
     limit: Annotated[
         str | None,
@@ -104,7 +104,7 @@ def plot(
         ),
     ],
     allocator: Annotated[str, typer.Option(metavar="NAME", help="Only glake shows its addresses.")] = "glake",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu or cuda:N.")] = "cpu",
     json: output.Json = False,
 ) -> None:
     """Replay a trace on the pool and draw memory over time and the address space at the peak."""

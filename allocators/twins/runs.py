@@ -125,7 +125,7 @@ def ort_allocator(kind: str, index: int, settings: dict[str, int] | None = None)
                 runtime.OrtArenaCfg(settings),
             )
         except Exception as error:  # ONNX Runtime's own exception types, all direct children of Exception
-            raise GlakeError(
+            raise MissingDependencyError(
                 f"ONNX Runtime {runtime.__version__} made no arena with {settings}: {error}"
             ) from error
     # It is refused, having told us where ONNX Runtime's functions are.

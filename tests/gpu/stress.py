@@ -303,6 +303,7 @@ def sessions(pool, seconds, threads, count, device_index, *, extra=2, with_torch
 
         # Without a tight limit first: it shows how much is needed, and loads what the driver keeps.
         warm = round_of(min(20.0, seconds / 4), extra=extra, torch=with_torch)
+        print(json.dumps({"part": "sessions without a limit", **warm}), flush=True)
         peak = pool.stats().peak_active
         settle(pool)
         free_before = kernels.free_memory()
