@@ -1,6 +1,6 @@
 from collections.abc import Sequence
-
 from typing import Any
+
 from glake_infer.allocators.errors import DriverError, OutOfMemoryError
 
 def cuda_driver_version() -> int: ...
