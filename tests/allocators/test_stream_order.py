@@ -332,8 +332,12 @@ def test_memory_that_moves_waits_for_the_work_on_it(machine, scenario):
     scenario(m)
 
 
-# (one_chunk_of_many_streams would crash: it unmaps what is still used.)
-@pytest.mark.parametrize("scenario", [each for each in SCENARIOS if each is not one_chunk_of_many_streams])
+# (one_chunk_of_many_streams would crash: it unmaps what is still used. A wipe that nothing holds back is often in time
+# by chance.)
+@pytest.mark.parametrize(
+    "scenario",
+    [each for each in SCENARIOS if each not in (one_chunk_of_many_streams, wipe_before_the_same_stream)],
+)
 def test_without_waiting_the_same_shows_wrong_bytes(scenario):
     m = Machine(64 * MiB, ignore_streams=True)
     m.ignoring = {"ignore_streams": True}
