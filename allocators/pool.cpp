@@ -184,6 +184,13 @@ void Pool::collect_graphs() {
     graphs_.erase(graphs_.begin() + static_cast<std::ptrdiff_t>(i));
     arena.flush(slab_table_);
     arena.mode = Arena::Mode::streamless;
+    if (options_.wipe) {
+      arena.each_heap([&](const Heap& heap) {
+        for (const auto& [address, range] : heap.ranges()) {
+          if (range.state == RangeState::free && range.held) wipe(address, range.bytes, arena);
+        }
+      });
+    }
     arena.last = fences_.now();
     arena.each_heap([](Heap& heap) { heap.publish(); });
     count_captures();

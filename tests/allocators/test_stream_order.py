@@ -649,6 +649,21 @@ def test_a_broken_capture_gives_everything_back(machine):
     )
 
 
+def test_what_a_graph_leaves_is_wiped(machine):
+    m = machine(4 * MiB, wipe=True)
+    one, other = m.streams(2)
+    graph, _ = m.capture(one, MiB, 9)
+    m.device.launch_graph(graph, one)
+    m.device.synchronize_stream(one)
+    m.device.destroy_graph(graph)
+    assert m.device.synchronize_all()
+    blocks = m.take_all(other, MiB)
+    assert len(blocks) == 4
+    for block in blocks:
+        m.device.enqueue_check(other, block, MiB, 0)
+        m.pool.deallocate(block)
+
+
 def test_wiping_leaves_a_graphs_memory_alone(machine):
     m = machine(8 * MiB, wipe=True)
     m.device.wait_in_captures(True)

@@ -51,7 +51,14 @@ class Load:
         self.deadline = time.monotonic() + seconds
         self.errors = []
         self.lock = threading.Lock()
-        self.counts = {"checks": 0, "wrong": 0, "refused": 0}
+        self.counts = {
+            "checks": 0,
+            "wrong": 0,
+            "refused": 0,
+            "wrong_outputs": 0,
+            "wrong_words": 0,
+            "wrong_tensors": 0,
+        }
         self.threads = []
 
     def add(self, work, *arguments):
@@ -145,12 +152,14 @@ def direct_work(load, pool, seed, values, largest):
             break
         load.count(**{"checks" if blocks.step() else "refused": 1})
         if number % 64 == 0:  # bounds what is queued
-            load.count(wrong=blocks.finish())
+            wrong = blocks.finish()
+            load.count(wrong=wrong, wrong_words=wrong)
         if number % 1000 == 999:
             blocks.new_stream()
         if number % 500 == 0 and blocks.rng.random() < 0.3:
             pool.trim()
-    load.count(wrong=blocks.finish())
+    wrong = blocks.finish()
+    load.count(wrong=wrong, wrong_words=wrong)
 
 
 def torch_work(load, pool):
@@ -176,7 +185,7 @@ def torch_work(load, pool):
             del mem_pool
             mem_pool = pool.torch_mem_pool()
     stream.synchronize()
-    load.count(wrong=int(wrong.item()))
+    load.count(wrong=int(wrong.item()), wrong_tensors=int(wrong.item()))
 
 
 def direct(pool, seconds, threads):
@@ -273,7 +282,27 @@ def session_work(load, pool, seed, sessions, cases, references):
                 raise
             load.count(refused=1)
             continue
-        load.count(checks=1, wrong=0 if same(outputs, expected) else 1)
+        right = same(outputs, expected)
+        load.count(checks=1, wrong=int(not right), wrong_outputs=int(not right))
+
+
+def plain_sessions(pool, seconds, threads, count, device_index):
+    """The twin: the same sessions and threads on ONNX Runtime's own arena. What is wrong here is not the pool's."""
+    from glake_infer.allocators import import_onnxruntime
+
+    ort = import_onnxruntime()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        cases = write_cases(folder, count)
+        subprocess.run([sys.executable, __file__, "reference", scratch, "--device", pool.device], check=True)
+        references = pickle.loads((folder / "references.pickle").read_bytes())
+        made = [session(ort, path, device_index) for path, _ in cases]
+        load = Load(seconds)
+        for seed in range(threads):
+            load.add(session_work, pool, seed, made, cases, references)
+        result = load.run()
+        made.clear()
+    return {**result, "lost": 0}
 
 
 def sessions(pool, seconds, threads, count, device_index, *, extra=2, with_torch=True):
@@ -310,7 +339,8 @@ def sessions(pool, seconds, threads, count, device_index, *, extra=2, with_torch
         pool.limit = int(peak * 0.85)
         result = round_of(seconds, extra=extra, torch=with_torch)
         settle(pool)
-        result["wrong"] += warm["wrong"]
+        for name in ("wrong", "wrong_outputs", "wrong_words", "wrong_tensors"):
+            result[name] += warm[name]
         result["errors"] += warm["errors"]
         result.update(stable_cases=stable, limit=pool.limit, lost=free_before - kernels.free_memory())
     return result
@@ -324,7 +354,7 @@ def settle(pool):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("direct", "sessions", "reference"))
+    parser.add_argument("part", choices=("direct", "sessions", "plain", "reference"))
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--seconds", type=float, default=60)
@@ -348,6 +378,8 @@ def main():
             result = direct(pool, arguments.seconds, arguments.threads)
             settle(pool)
             result["lost"] = free_before - kernels.free_memory()
+        elif arguments.part == "plain":
+            result = plain_sessions(pool, arguments.seconds, arguments.threads, arguments.sessions, index)
         else:
             with_torch = find_spec("torch") is not None
             result = sessions(

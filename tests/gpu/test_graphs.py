@@ -229,6 +229,7 @@ def replay_beside(pool, device, tmp_path):
     def run_a(number):
         runtime, data = kernels.cupy().cuda.runtime, np.ascontiguousarray(feeds_a[number][name])
         runtime.memcpy(source, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice)
+        kernels.synchronize()  # from pageable memory it may return early, and the session's stream does not wait
         a.run_with_iobinding(binding)
         kernels.synchronize()
         return kernels.read(target, answer.nbytes) == expected_a[number][0].tobytes()
