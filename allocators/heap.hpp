@@ -45,7 +45,7 @@ struct Range {
   Slab* slab = nullptr;       // while live: the slab that it serves, if any
   std::size_t requested = 0;  // while live and no slab: bytes as asked for
   std::uint32_t holder = 0;   // while live and no slab: who holds it
-  std::uint64_t id = 0;       // while live: the number of the allocation
+  std::uint64_t born = 0;     // while live and no slab: how many allocations there had been
   Fence fence = 0;            // not live, and the arena has no stream: work that may still touch it
   Link<Range> cache_link;
 };

@@ -1,5 +1,7 @@
 #include "pool.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -122,6 +124,7 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
     for (Arena* arena : graphs_) {
       if (arena->capture_id != state->capture || arena->stream_id != state->id) continue;
       arena->stream = stream;
+      arena->thread = gettid();
       return *arena;
     }
     prune_arenas();
@@ -137,6 +140,8 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
     arena.stream = stream;
     arena.stream_id = state->id;
     arena.capture_id = state->capture;
+    arena.thread = gettid();
+    arena.born = allocations_;
     arena.may_be_capturing = true;
     arena.graph_is_gone = std::move(gone);
     graphs_.push_back(&arena);
@@ -287,7 +292,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   Address address = 0;
   try {
     if (bytes < small_limit) {
-      const Slabs::Place place = arena.slabs.allocate(bytes, holder, *this, slab_table_, usage_);
+      const Slabs::Place place = arena.slabs.allocate(bytes, holder, allocations_, *this, slab_table_, usage_);
       if (place.slab == nullptr) {
         throw_out_of_memory(bytes, &arena.small, arena.small.rounded(size_classes::bytes(size_classes::index(bytes))),
                             false);
@@ -301,6 +306,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
       if (range == nullptr) throw_out_of_memory(bytes, &heap, heap.rounded(bytes), false);
       range->requested = bytes;
       range->holder = holder;
+      range->born = allocations_;
       usage_.add(range->bytes);
       address = range->address;
       recent(address) = {address, range, nullptr};
@@ -454,6 +460,14 @@ void Pool::deallocate(Address address, StreamHandle stream) {
       notice_end_of_capture(stream);
     }
     if (graph == nullptr && arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
+    if (graph == nullptr && arena.mode == Arena::Mode::streamless && !arena.weights) {
+      // What the capturing thread took and gives back within the capture is captured work's, though it named no stream.
+      const std::uint64_t born = found.slab != nullptr ? found.slab->objects[found.object].born : found.range->born;
+      const std::int64_t thread = graphs_.empty() ? 0 : gettid();
+      for (Arena* each : graphs_) {
+        if (each->may_be_capturing && each->thread == thread && born > each->born) graph = each;
+      }
+    }
   }
   if (graph != nullptr) {
     graph->kept.push_back(address);

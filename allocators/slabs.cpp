@@ -9,8 +9,8 @@
 
 namespace glake {
 
-Slabs::Place Slabs::allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
-                             Usage& usage) {
+Slabs::Place Slabs::allocate(std::size_t bytes, std::uint32_t holder, std::uint64_t born, RangeSource& source,
+                             SlabTable& table, Usage& usage) {
   const std::size_t class_index = size_classes::index(bytes);
   Class& own = classes_[class_index];
   Slab* slab = own.partial.front();
@@ -23,7 +23,7 @@ Slabs::Place Slabs::allocate(std::size_t bytes, std::uint32_t holder, RangeSourc
   const std::size_t object = word * 64 + bit;
   if (!slab->fences.empty()) arena_.order(slab->fences[object]);
   slab->free[word] &= slab->free[word] - 1;
-  slab->objects[object] = {static_cast<std::uint32_t>(bytes), holder};
+  slab->objects[object] = {static_cast<std::uint32_t>(bytes), holder, born};
   ++own.live;
   if (slab->live++ == 0) {
     --vacant_;

@@ -44,6 +44,7 @@ struct Slab {
   struct Object {
     std::uint32_t requested = 0;  // bytes as asked for
     std::uint32_t holder = 0;
+    std::uint64_t born = 0;  // how many allocations there had been
   };
   Range* range = nullptr;
   Arena* arena = nullptr;
@@ -90,8 +91,8 @@ class Slabs {
     std::size_t object = 0;
   };
   // An object of `bytes` (1 to small_limit - 1). Throws DriverError.
-  [[nodiscard]] Place allocate(std::size_t bytes, std::uint32_t holder, RangeSource& source, SlabTable& table,
-                               Usage& usage);
+  [[nodiscard]] Place allocate(std::size_t bytes, std::uint32_t holder, std::uint64_t born, RangeSource& source,
+                               SlabTable& table, Usage& usage);
   // Frees a live object, which work behind `fence` may still touch.
   void deallocate(Slab& slab, std::size_t object, Fence fence, Usage& usage);
   // Gives the ranges of vacant slabs back to the heap.

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -592,13 +593,19 @@ def test_others_go_on_during_a_capture_and_do_not_break_it(machine, seen):
     assert m.device.finished(event), "the host waits: no event can be recorded"
     m.use(three, address, 6 * MiB, 2)
     m.pool.deallocate(address)
-    for size in (1000, 100 * KiB, 5 * MiB):
-        for stream in (two, three, -1, two):
-            address = m.take(size, stream)
-            m.use_late(stream if stream != -1 else two, address, size, 3)
-            m.pool.deallocate(address)
-    m.pool.trim()
-    m.pool.set_limit(7 * MiB)
+
+    def others():
+        for size in (1000, 100 * KiB, 5 * MiB):
+            for stream in (two, three, -1, two):
+                address = m.take(size, stream)
+                m.use_late(stream if stream != -1 else two, address, size, 3)
+                m.pool.deallocate(address)
+        m.pool.trim()
+        m.pool.set_limit(7 * MiB)
+
+    # On a thread of its own: what the capturing thread takes without a stream and gives back stays with the graph.
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(others).result()
     graph = m.device.end_capture(one)
     assert graph != 0
     if not seen:
@@ -647,6 +654,23 @@ def test_a_broken_capture_gives_everything_back(machine):
     m.device = type(
         "Excused", (), {"synchronize_all": m.device.synchronize_all, "misuses": 0, "mismatches": 0}
     )
+
+
+@pytest.mark.parametrize("size", [1000, MiB])
+def test_a_graph_keeps_what_its_thread_took_and_freed_without_a_stream(machine, size):
+    m = machine(16 * MiB)
+    one, other = m.streams(2)
+    m.device.wait_in_captures(True)
+    m.device.begin_capture(one)
+    m.pool.deallocate(m.take(100, one))  # by this the pool knows of the capture
+    address = m.take(size)
+    m.device.enqueue_fill(one, address, size, 9)
+    m.device.enqueue_check(one, address, size, 9)
+    m.pool.deallocate(address)
+    graph = m.device.end_capture(one)
+    m.replay_hits_nobody(graph, one, other, size)
+    m.device.destroy_graph(graph)
+    m.empty()
 
 
 def test_what_a_graph_leaves_is_wiped(machine):
