@@ -30,7 +30,7 @@ from glake_infer.allocators.errors import (
 from glake_infer.allocators.pool import Pool
 from glake_infer.models import cuda
 from glake_infer.models.device_array import DeviceArray
-from glake_infer.models.graph import initializers, is_external
+from glake_infer.models.graph import all_nodes, initializers, is_external
 from glake_infer.models.interchange import Borrowed
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
@@ -100,6 +100,8 @@ class Model:
         self._private = 0
         self._running = 0
         self._closed = False
+        self._spoiled = 0  # how many times a refused request left the session in disorder
+        self._renewed = 0  # the value of _spoiled that the session was last made anew for
         self._condition = threading.Condition()
 
     @property
@@ -173,20 +175,30 @@ class Model:
                         "to='host', or leave it out of `outputs`."
                     )
         checked = check_feeds(self._inputs, self._optional, feeds, self.pool.device)
-        self._begin()
-        try:
-            with self.pool.label(self._label), session_errors(self.pool, "running", self.name):
-                if (
-                    to == "device"
-                    or (self._foreign and not self._maps)
-                    or any(isinstance(array, Borrowed) for array in checked.values())
-                ):
-                    return self._run_bound(names, checked, to)
-                if self._foreign:
-                    return self._run_foreign(names, checked)
-                results = self.session.run(names, checked)
-        finally:
-            self._end()
+        while True:
+            begun = self._begin()
+            try:
+                results = self._run_once(names, checked, to)
+            except OutOfMemoryError:
+                self._spoil()
+                raise
+            finally:
+                self._end()
+            if begun == self._spoiled:
+                return results
+            # Another run was refused meanwhile and may have spoiled this one: once more, with a new session.
+
+    def _run_once(self, names: list[str], checked: Mapping[str, Any], to: Place) -> dict[str, Any]:
+        with self.pool.label(self._label), session_errors(self.pool, "running", self.name):
+            if (
+                to == "device"
+                or (self._foreign and not self._maps)
+                or any(isinstance(array, Borrowed) for array in checked.values())
+            ):
+                return self._run_bound(names, checked, to)
+            if self._foreign:
+                return self._run_foreign(names, checked)
+            results = self.session.run(names, checked)
         # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
         return {name: _own(result) for name, result in zip(names, results, strict=True)}
 
@@ -251,20 +263,41 @@ class Model:
                 return
             self._closed = True
             self._condition.wait_for(lambda: not self._running)
-        del self.session  # its finalizer gives the weights back, once nobody else holds the session either
+        self.__dict__.pop(
+            "session", None
+        )  # its finalizer gives the weights back, once nobody else holds the session either
 
-    def _begin(self) -> None:
+    def _spoil(self) -> None:
+        """Note that a request was refused in a run. The session is made anew before the next one, if need be.
+
+        ONNX Runtime's convolution on CUDA (onnxruntime/core/providers/cuda/nn/conv.cc, UpdateState) notes the shape of
+        its input before it allocates the output: after a refusal it takes the plan for another shape.
+        """
+        if not self._convolutions:
+            return
         with self._condition:
+            self._spoiled += 1
+
+    def _begin(self) -> int:
+        with self._condition:
+            if self._spoiled != self._renewed:
+                self._condition.wait_for(lambda: not self._running or self._closed)
+            if self._spoiled != self._renewed and not self._closed:
+                spoiled = self._spoiled
+                self.__dict__.pop("session", None)
+                self._make_session(self)
+                self._renewed = spoiled
             if self._closed:
                 raise GlakeError(
                     f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
                 )
             self._running += 1
+            return self._spoiled
 
     def _end(self) -> None:
         with self._condition:
             self._running -= 1
-            if self._closed:
+            if self._closed or self._spoiled != self._renewed:
                 self._condition.notify_all()
 
     def __enter__(self) -> Model:
@@ -280,6 +313,8 @@ class Model:
         return f"<Model {self.name} ({state})>"
 
     # Filled by load.
+    _make_session: Callable[[Model], None]
+    _convolutions: bool = False
     _names: list[str]
     _known: dict[str, Value]
     _foreign: bool
@@ -363,12 +398,16 @@ def load(
         variant = "cpu-lean" if sharing == "lean" and "cpu-lean" in package.manifest.variants else "onnx"
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
-            try:
+
+            def make_session(owner: Model, prepared: Prepared = prepared) -> None:
                 made = options()
                 if configure:
                     configure(made)
-                with place.label(model._label):
-                    _build_session(model, prepared, made, providers)
+                with place.label(owner._label):
+                    _build_session(owner, prepared, made, providers)
+
+            try:
+                make_session(model)
             except AlteredObjectError as error:
                 if attempt < 2 and forget(package, error.digest):
                     continue  # a derived object: made again from the stored weights
@@ -377,6 +416,8 @@ def load(
                 raise StoreError(
                     f"{error} It was derived on this machine and is damaged again and again. Check the disk of {store.root}."
                 ) from error
+            model._make_session = make_session
+            model._convolutions = place.device != "cpu" and has_convolutions(prepared.graph)
             return model
     raise AssertionError("unreachable")
 
@@ -598,6 +639,11 @@ def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemor
         holders=error.holders,
         device_full=error.device_full,
     )
+
+
+def has_convolutions(graph: bytes) -> bool:
+    """Whether a serialized model has convolutions, in a subgraph or a function too."""
+    return any("Conv" in node.op_type for node in all_nodes(onnx.load_model_from_string(graph)))
 
 
 def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own: int) -> None:

@@ -7,15 +7,18 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 import glake_infer as gi
 from glake_infer import maintenance
 from glake_infer.models import zoo
+from glake_infer.models.model import has_convolutions
 from glake_infer.process_memory import measure, release_unused_heap
 
 FAMILY = [("a", 2), ("b", 17), ("c", 100), ("d", 5)]
@@ -260,6 +263,65 @@ def test_a_limit_too_small_for_a_run_leaves_the_model_usable(workshop):
             for name, array in model.run(feeds_of()).items():
                 np.testing.assert_array_equal(array, expected[name])
         pool.trim()
+
+
+def test_a_session_that_a_refusal_left_in_disorder_is_made_anew(workshop, monkeypatch):
+    """As on CUDA with convolutions (Model._spoil): the next run, and every run beside the refused one, uses another."""
+    folder, store = workshop
+    with gi.Pool(device="cpu", limit="1GiB") as pool:
+        with gi.load(folder / "a.glake", pool, store=store) as model:
+            expected = model.run(feeds_of())
+            monkeypatch.setattr(model, "_convolutions", True)
+            pool.trim()
+            pool.limit = pool.stats().active + (4 << 20)
+            first = weakref.ref(model.session)
+            with pytest.raises(gi.OutOfMemoryError):
+                model.run(feeds_of(batch=64, length=64))
+            for name, array in model.run(feeds_of()).items():
+                np.testing.assert_array_equal(array, expected[name])
+            garbage.collect()
+            assert first() is None
+            second = model.session
+            model.run(feeds_of())
+            assert model.session is second
+            del second
+
+            errors = []
+
+            def work(refused: bool) -> None:
+                try:
+                    for _ in range(6):
+                        if refused:
+                            with pytest.raises(gi.OutOfMemoryError):
+                                model.run(feeds_of(batch=64, length=64))
+                            continue
+                        for name, array in model.run(feeds_of()).items():
+                            np.testing.assert_array_equal(array, expected[name])
+                except BaseException as error:
+                    errors.append(error)
+
+            pool.limit = pool.stats().active + (12 << 20)
+            threads = [threading.Thread(target=work, args=(number == 0,)) for number in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert errors == []
+        assert pool.stats().active == 0
+        pool.trim()
+
+
+def test_what_has_convolutions():
+    def model(op: str, inside: bool) -> bytes:
+        node = onnx.helper.make_node(op, ["x", "w"], ["y"])
+        if inside:
+            body = onnx.helper.make_graph([node], "b", [], [onnx.helper.make_tensor_value_info("y", 1, None)])
+            node = onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+        return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])).SerializeToString()
+
+    assert [has_convolutions(model(op, inside)) for op in ("Conv", "MatMul") for inside in (True, False)] == [
+        True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_wrong_feeds_are_refused_by_name(workshop, pool):
