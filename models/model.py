@@ -280,8 +280,10 @@ class Model:
 
     def _begin(self) -> int:
         with self._condition:
-            if self._spoiled != self._renewed:
-                self._condition.wait_for(lambda: not self._running or self._closed)
+            # Another thread may make the session anew while this one waits, and run again by then.
+            self._condition.wait_for(
+                lambda: self._spoiled == self._renewed or not self._running or self._closed
+            )
             if self._spoiled != self._renewed and not self._closed:
                 spoiled = self._spoiled
                 self.__dict__.pop("session", None)
