@@ -8,6 +8,7 @@
 #include <string>
 
 #include "arena.hpp"
+#include "invariants.hpp"
 
 namespace glake {
 
@@ -198,7 +199,7 @@ std::size_t Chunks::give_back(std::size_t bytes, bool only_finished) noexcept {
 // Gives idle chunks of at most `bytes` back, smallest first, up to `bytes` in all: they could have served but are too
 // many to be mapped one by one, and a new chunk will take their place. Without this a request that grows a little each
 // time (a cache of keys and values) would strand ever more small ones.
-std::size_t Chunks::consolidate(std::size_t bytes) noexcept {
+void Chunks::consolidate(std::size_t bytes) noexcept {
   std::size_t done = 0;
   for (std::size_t level = 0; level < idle_.size(); ++level) {
     const std::size_t chunk_bytes = granule_ << level;
@@ -207,7 +208,6 @@ std::size_t Chunks::consolidate(std::size_t bytes) noexcept {
       done += chunk_bytes;
     }
   }
-  return done;
 }
 
 bool Chunks::pin(std::size_t bytes) noexcept {
@@ -226,9 +226,6 @@ void Chunks::unpin(std::size_t bytes) noexcept {
 }
 
 void Chunks::check_invariants() const {
-  const auto require = [](bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
-  };
   std::size_t bytes = 0;
   std::size_t idle = 0;
   std::size_t mappings = 0;

@@ -130,7 +130,7 @@ class Chunks {
   void unlist_idle(Chunk& chunk) noexcept;
   [[nodiscard]] bool settle(Chunk& chunk, bool only_finished) noexcept;
   void destroy(Chunk& chunk) noexcept;
-  std::size_t consolidate(std::size_t bytes) noexcept;
+  void consolidate(std::size_t bytes) noexcept;
 
   VirtualMemory& memory_;
   Fences& fences_;

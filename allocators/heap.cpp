@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arena.hpp"
+#include "invariants.hpp"
 
 namespace glake {
 namespace {
@@ -436,9 +437,6 @@ void Heap::drop(Mapping& mapping) noexcept {
 }
 
 void Heap::check_invariants() const {
-  const auto require = [](bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
-  };
   std::size_t live = 0;
   std::size_t cached = 0;
   std::size_t free = 0;

@@ -104,7 +104,6 @@ class Heap {
   [[nodiscard]] const char* kind() const noexcept { return kind_; }
   [[nodiscard]] Arena& arena() const noexcept { return arena_; }
   [[nodiscard]] bool in_use() const noexcept { return live_ != 0; }
-  [[nodiscard]] std::size_t cached() const noexcept { return cached_; }
   [[nodiscard]] std::size_t step() const noexcept { return step_; }
   [[nodiscard]] const std::map<Address, Range>& ranges() const noexcept { return ranges_; }
   [[nodiscard]] const std::map<Address, Mapping>& mappings() const noexcept { return mappings_; }

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "invariants.hpp"
 #include "labels.hpp"
 #include "python_stack.hpp"
 
@@ -734,9 +735,6 @@ void Pool::verify() const {
 
 void Pool::check_locked() const {
   if (debug_) return debug_->check_invariants();
-  const auto require = [](bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
-  };
   chunks_.check_invariants();
   std::size_t active = file_bytes_;
   std::size_t requested = 0;

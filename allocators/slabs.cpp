@@ -6,6 +6,7 @@
 #include <string>
 
 #include "arena.hpp"
+#include "invariants.hpp"
 
 namespace glake {
 
@@ -106,9 +107,6 @@ void Slabs::flush(SlabTable& table) noexcept {
 }
 
 void Slabs::check_invariants(const SlabTable& table) const {
-  const auto require = [](bool holds, const char* invariant) {
-    if (!holds) throw std::logic_error(std::string("pool invariant does not hold: ") + invariant);
-  };
   std::array<std::size_t, size_classes::count> live{};
   std::size_t vacant = 0;
   std::size_t active = 0;
