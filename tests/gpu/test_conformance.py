@@ -141,7 +141,9 @@ class TestCudaDebugPool(AllocatorConformance):
     @pytest.fixture
     def allocator(self, device, streams):
         with Pool(device, LIMIT, debug=True) as pool:
-            yield CudaPool(pool, streams)
+            allocator = CudaPool(pool, streams)
+            allocator.keeps_idle = False  # what is freed is unmapped
+            yield allocator
             kernels.synchronize()
 
 
