@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .. import _native
 from ..attach import import_onnxruntime
@@ -252,39 +252,48 @@ def _torch(trace: Trace, kind: str, index: int, repeat: int, limit: int | None) 
     )
 
 
+class _Handle(NamedTuple):
+    """A stream, by CUDA's stream protocol."""
+
+    value: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.value
+
+
 class _RmmTwin:
-    def __init__(self, rmm: Any) -> None:
-        self._rmm = rmm
+    """RMM's pool on the current device: it begins empty, and grows to twice its size or by what is asked for."""
+
+    def __init__(self, rmm: Any, handles: list[int]) -> None:
         self._pool = rmm.mr.PoolMemoryResource(rmm.mr.CudaMemoryResource(), initial_pool_size=0)
-        self._streams: dict[int, Any] = {}
+        streams = rmm.pylibrmm.stream
+        self._streams = {handle: streams.Stream(_Handle(handle)) for handle in handles}
+        self._streams[0] = streams.DEFAULT_STREAM
         self.peak = 0
 
-    def _stream(self, handle: int) -> Any:
-        if handle not in self._streams:
-            wrapped = type("Stream", (), {"__cuda_stream__": lambda self: (0, handle)})()
-            self._streams[handle] = (
-                self._rmm.pylibrmm.stream.Stream(wrapped)
-                if handle
-                else (self._rmm.pylibrmm.stream.DEFAULT_STREAM)
-            )
-        return self._streams[handle]
-
     def allocate(self, size: int, stream: int) -> int:
-        address: int = self._pool.allocate(size, self._stream(stream))
+        if size == 0:
+            return 0
+        address: int = self._pool.allocate(size, self._streams[stream])
         self.peak = max(self.peak, self._pool.pool_size())
         return address
 
     def free(self, address: int, size: int, stream: int) -> None:
-        self._pool.deallocate(address, size, self._stream(stream))
+        if address:
+            self._pool.deallocate(address, size, self._streams[stream])
 
 
 def _rmm(trace: Trace, kind: str, index: int, repeat: int, limit: int | None) -> Run:
     rmm: Any = _package("rmm", "rmm-cu13")
-    rmm.reinitialize(devices=index)
-    twin = _RmmTwin(rmm)
-    with _streams(kind, index, trace.stream_count) as handles:
-        seconds, total = _python_replay(twin, trace, handles, repeat)
-    return Run(twin.peak, seconds, total, loop="python")
+    maker = _cuda_async(index)  # says so where there is no such device
+    cuda: Any = _package("cuda.bindings.runtime", "cuda-python")
+    cuda.cudaSetDevice(index)  # a memory resource belongs to the device that is current when it is made
+    handles = [maker.make_stream() for _ in range(trace.stream_count)]
+    twin = _RmmTwin(rmm, handles)
+    seconds, total = _python_replay(twin, trace, handles, repeat)
+    peak = twin.peak
+    del twin  # before the streams that it recorded events on
+    return Run(peak, seconds, total, loop="python")
 
 
 RUNS: dict[str, Callable[[Trace, str, int, int, int | None], Run]] = {
