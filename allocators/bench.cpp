@@ -167,7 +167,40 @@ ReplayAllocator replay_on(OrtAllocator* allocator) {
   return made;
 }
 
-OrtAllocator* ort_session_allocator(std::span<const char> model, const std::string& device, int index, bool shared) {
+ReplayAllocator replay_on_driver_pool(OrtAllocator* allocator) {
+  // Names and numbers of cuda.h.
+  constexpr int pool_of_pointer = 17, reserved_high = 6;
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error("there is no CUDA driver (libcuda.so.1) here");
+  const auto ask_pointer =
+      reinterpret_cast<int (*)(void*, int, std::uintptr_t)>(dlsym(library, "cuPointerGetAttribute"));
+  const auto ask_pool = reinterpret_cast<int (*)(void*, int, void*)>(dlsym(library, "cuMemPoolGetAttribute"));
+  if (ask_pointer == nullptr || ask_pool == nullptr) throw std::runtime_error("the CUDA driver is too old");
+  void* pool = nullptr;
+  void* block = allocator->Alloc(allocator, 1);
+  const int code = ask_pointer(&pool, pool_of_pointer, reinterpret_cast<std::uintptr_t>(block));
+  allocator->Free(allocator, block);
+  if (code != 0 || pool == nullptr) {
+    throw std::runtime_error(
+        "its memory comes from no memory pool of the driver (cuPointerGetAttribute: " + std::to_string(code) + ")");
+  }
+  ReplayAllocator made = replay_on(allocator);
+  made.reserved = nullptr;
+  made.figures = [allocator, pool, ask_pool] {
+    std::uint64_t most = 0;
+    if (const int failed = ask_pool(pool, reserved_high, &most); failed != 0) {
+      throw std::runtime_error("cuMemPoolGetAttribute failed: " + std::to_string(failed));
+    }
+    return std::vector<std::pair<std::string, std::size_t>>{{"peak_reserved", most},
+                                                            {"peak_active", ort_figure(allocator, "MaxInUse")}};
+  };
+  return made;
+}
+
+namespace {
+
+// The functions of the ONNX Runtime that called this library.
+ort::Api stats_api() {
   const OrtApiBase* base = ort_api_base();
   if (base == nullptr) throw std::runtime_error("ONNX Runtime has not called this library yet");
   const auto* table = static_cast<void* const*>(base->GetApi(stats_version));
@@ -175,13 +208,49 @@ OrtAllocator* ort_session_allocator(std::span<const char> model, const std::stri
     throw std::runtime_error(std::string("ONNX Runtime ") + base->GetVersionString() +
                              " is too old to tell what its arena holds: 1.23 or newer is needed");
   }
-  const ort::Api api(table);
-  const auto check = [&](OrtStatus* status) {
-    if (status == nullptr) return;
-    const std::string message = api.error_message(status);
-    api.release_status(status);
-    throw std::runtime_error(message);
-  };
+  return ort::Api(table);
+}
+
+void check(const ort::Api& api, OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api.error_message(status);
+  api.release_status(status);
+  throw std::runtime_error(message);
+}
+
+}  // namespace
+
+void ort_register_arena(const std::string& device, int index,
+                        const std::vector<std::pair<std::string, std::size_t>>& settings) {
+  const ort::Api api = stats_api();
+  std::vector<const char*> keys;
+  std::vector<std::size_t> values;
+  for (const auto& [key, value] : settings) {
+    keys.push_back(key.c_str());
+    values.push_back(value);
+  }
+  OrtEnv* env = nullptr;  // our reference stays, and so does the arena
+  check(api, api.create_env(ort::warning, "glake-infer", &env));
+  OrtArenaCfg* made = nullptr;
+  check(api, api.create_arena_cfg(keys.data(), values.data(), keys.size(), &made));
+  const auto release_settings = [&](OrtArenaCfg* one) { api.release_arena_cfg(one); };
+  const std::unique_ptr<OrtArenaCfg, decltype(release_settings)> settings_owner(made, release_settings);
+  OrtMemoryInfo* info = nullptr;
+  check(api, api.create_memory_info(device.c_str(), ort::arena_allocator, index, ort::default_memory, &info));
+  const bool cuda = device == "Cuda";
+  const std::string number = std::to_string(index);
+  const std::array option_keys{"device_id"};
+  const std::array option_values{number.c_str()};
+  OrtStatus* status =
+      api.create_and_register_allocator(env, cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider", info, made,
+                                        option_keys.data(), option_values.data(), cuda ? option_keys.size() : 0);
+  api.release_memory_info(info);
+  check(api, status);
+}
+
+OrtAllocator* ort_session_allocator(std::span<const char> model, const std::string& device, int index, bool shared) {
+  const ort::Api api = stats_api();
+  const auto* table = static_cast<void* const*>(api.table());
   // Functions at their places in OrtApi, counted in the published header; see ort_api.hpp.
   struct Session;
   struct CudaOptions;
@@ -200,29 +269,29 @@ OrtAllocator* ort_session_allocator(std::span<const char> model, const std::stri
   const auto release_cuda = reinterpret_cast<void (*)(CudaOptions*)>(table[208]);
 
   OrtEnv* env = nullptr;  // our reference stays, and so does the session
-  check(api.create_env(ort::warning, "glake-infer", &env));
+  check(api, api.create_env(ort::warning, "glake-infer", &env));
   OrtSessionOptions* options = nullptr;
-  check(create_options(&options));
+  check(api, create_options(&options));
   const std::unique_ptr<OrtSessionOptions, decltype(release_options)> options_owner(options, release_options);
-  if (shared) check(add_entry(options, "session.use_env_allocators", "1"));
+  if (shared) check(api, add_entry(options, "session.use_env_allocators", "1"));
   if (device == "Cuda") {
     CudaOptions* cuda = nullptr;
-    check(create_cuda(&cuda));
+    check(api, create_cuda(&cuda));
     const std::unique_ptr<CudaOptions, decltype(release_cuda)> cuda_owner(cuda, release_cuda);
     const std::string number = std::to_string(index);
     const std::array keys{"device_id"};
     const std::array values{number.c_str()};
-    check(update_cuda(cuda, keys.data(), values.data(), keys.size()));
-    check(append_cuda(options, cuda));
+    check(api, update_cuda(cuda, keys.data(), values.data(), keys.size()));
+    check(api, append_cuda(options, cuda));
   }
   Session* session = nullptr;
-  check(create_session(env, model.data(), model.size(), options, &session));
+  check(api, create_session(env, model.data(), model.size(), options, &session));
   OrtMemoryInfo* info = nullptr;
-  check(api.create_memory_info(device.c_str(), ort::device_allocator, index, ort::default_memory, &info));
+  check(api, api.create_memory_info(device.c_str(), ort::device_allocator, index, ort::default_memory, &info));
   OrtAllocator* allocator = nullptr;
   OrtStatus* status = create_allocator(session, info, &allocator);
   api.release_memory_info(info);
-  check(status);
+  check(api, status);
   return allocator;
 }
 

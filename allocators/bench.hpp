@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ort_api.hpp"
@@ -54,6 +55,15 @@ struct ReplayResult {
 [[nodiscard]] ReplayAllocator replay_on(Pool& pool);
 [[nodiscard]] ReplayAllocator replay_on_malloc();
 [[nodiscard]] ReplayAllocator replay_on(OrtAllocator* allocator);
+// The same for one that takes its memory from a memory pool of the CUDA driver's, which is asked for the peaks then.
+// Throws std::runtime_error where it does not.
+[[nodiscard]] ReplayAllocator replay_on_driver_pool(OrtAllocator* allocator);
+
+// Registers an arena with ONNX Runtime's environment for a device, "Cpu" or "Cuda", with settings by the names of
+// CreateArenaCfgV2. (Python's OrtArenaCfg does not know all of them.) Throws std::runtime_error; needs what
+// ort_session_allocator() needs.
+void ort_register_arena(const std::string& device, int index,
+                        const std::vector<std::pair<std::string, std::size_t>>& settings);
 
 // The allocator that a session of ONNX Runtime's has for a device, "Cpu" or "Cuda": the arena of its own, or the
 // environment's (`shared`). `model` is any ONNX model; its session stays for ever. Throws std::runtime_error; needs

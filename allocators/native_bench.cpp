@@ -8,6 +8,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bench.hpp"
@@ -96,6 +97,22 @@ void bind_bench(nb::module_& module) {
       "replay_on_ort",
       [](std::uintptr_t allocator) { return glake::replay_on(reinterpret_cast<OrtAllocator*>(allocator)); },
       "allocator"_a, "The argument is the address of an OrtAllocator.");
+  module.def(
+      "replay_on_driver_pool",
+      [](std::uintptr_t allocator) { return glake::replay_on_driver_pool(reinterpret_cast<OrtAllocator*>(allocator)); },
+      "allocator"_a, "The same for an OrtAllocator that takes its memory from a memory pool of the CUDA driver's.");
+  module.def(
+      "ort_register_arena",
+      [](const std::string& device, int index, const nb::dict& settings) {
+        std::vector<std::pair<std::string, std::size_t>> pairs;
+        for (const auto [key, value] : settings) {
+          pairs.emplace_back(nb::cast<std::string>(key), nb::cast<std::size_t>(value));
+        }
+        glake::ort_register_arena(device, index, pairs);
+      },
+      "device"_a, "index"_a, "settings"_a,
+      nb::sig("def ort_register_arena(device: str, index: int, settings: dict[str, int]) -> None"),
+      "Registers an arena with ONNX Runtime's environment, with settings by the names of CreateArenaCfgV2.");
   module.def(
       "ort_session_allocator",
       [](const nb::bytes& model, const std::string& device, int index, bool shared) {

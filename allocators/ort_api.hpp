@@ -4,10 +4,10 @@
 // The indices were counted in the published header, include/onnxruntime/core/session/onnxruntime_c_api.h, in the
 // order of the struct's fields, in its versions 22 (up to 300, where it has 318 fields), 23 (390 fields) and 24;
 // ONNX Runtime pins the counts itself (static_assert in onnxruntime_c_api.cc: version 1 ends at 101 with
-// ReleaseCustomOpDomain, version 22 at 317 with GetEpApi, version 23 at 389 with CreateExternalInitializerInfo). The
-// tests call them in the version that is installed (done with 1.24.4, 1.27.0, 1.31.1 and 1.32.0). Building needs no
-// copy of that header, and one build serves every
-// version of ONNX Runtime from `oldest_api` on.
+// ReleaseCustomOpDomain, 6 at 157 with ReleaseArenaCfg, 7 at 161 with GetCurrentGpuDeviceId, 22 at 317 with GetEpApi,
+// 23 at 389 with CreateExternalInitializerInfo). The tests call them in the version that is installed (done
+// with 1.24.4, 1.27.0, 1.31.1 and 1.32.0; what makes arenas with 1.32.0). Building needs no copy of that header, and
+// one build serves every version of ONNX Runtime from `oldest_api` on.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,7 @@ struct OrtValue;
 struct OrtSessionOptions;
 struct OrtKeyValuePairs;
 struct OrtSyncStream;
+struct OrtArenaCfg;
 
 struct OrtApiBase {
   const void* (*GetApi)(std::uint32_t version);  // null if this ONNX Runtime is older than `version`
@@ -49,7 +50,7 @@ inline constexpr std::uint32_t newest_allocator = 25;
 
 enum ErrorCode : int { fail = 1, invalid_argument = 2 };
 enum LoggingLevel : int { warning = 2 };
-enum AllocatorType : int { device_allocator = 0 };
+enum AllocatorType : int { device_allocator = 0, arena_allocator = 1 };
 enum MemoryType : int { default_memory = 0 };
 
 // The functions, by name, over the table that GetApi() returned.
@@ -86,8 +87,23 @@ class Api {
   OrtStatus* add_initializer(OrtSessionOptions* options, const char* name, const OrtValue* value) const noexcept {
     return function<OrtStatus*(OrtSessionOptions*, const char*, const OrtValue*)>(150)(options, name, value);
   }
+  void release_arena_cfg(OrtArenaCfg* settings) const noexcept { function<void(OrtArenaCfg*)>(157)(settings); }
+  // The keys are the members of OrtArenaCfg; one that this ONNX Runtime does not know is an error.
+  OrtStatus* create_arena_cfg(const char* const* keys, const std::size_t* values, std::size_t count,
+                              OrtArenaCfg** settings) const noexcept {
+    return function<OrtStatus*(const char* const*, const std::size_t*, std::size_t, OrtArenaCfg**)>(164)(
+        keys, values, count, settings);
+  }
   OrtStatus* register_allocator(OrtEnv* env, OrtAllocator* allocator) const noexcept {
     return function<OrtStatus*(OrtEnv*, OrtAllocator*)>(176)(env, allocator);
+  }
+  // Makes the provider's allocator for the device of `info` and registers it with the environment.
+  OrtStatus* create_and_register_allocator(OrtEnv* env, const char* provider, const OrtMemoryInfo* info,
+                                           const OrtArenaCfg* settings, const char* const* option_keys,
+                                           const char* const* option_values, std::size_t options) const noexcept {
+    return function<OrtStatus*(OrtEnv*, const char*, const OrtMemoryInfo*, const OrtArenaCfg*, const char* const*,
+                               const char* const*, std::size_t)>(259)(env, provider, info, settings, option_keys,
+                                                                      option_values, options);
   }
   // Since 22.
   void create_key_value_pairs(OrtKeyValuePairs** pairs) const { function<void(OrtKeyValuePairs**)>(295)(pairs); }

@@ -49,8 +49,8 @@ TWINS = {
         Twin(
             "ort-mempool",
             ("cuda",),
-            "ONNX Runtime's CUDA memory pool arena",
-            "GetStats: TotalAllocated, before what was reserved goes back and at the end",
+            "ONNX Runtime's CUDA memory pool arena, asked without streams, release threshold at its maximum",
+            "CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH",
         ),
         Twin(
             "cuda-async",

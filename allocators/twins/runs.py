@@ -101,7 +101,7 @@ def _malloc(trace: Trace, kind: str, index: int, repeat: int, limit: int | None)
 def ort_allocator(kind: str, index: int, settings: dict[str, int] | None = None) -> int:
     """Return the address of the OrtAllocator of an arena of ONNX Runtime's.
 
-    settings: register an arena with these settings (`OrtArenaCfg`) with ONNX Runtime's environment, where it
+    settings: register an arena with these settings (`CreateArenaCfgV2`) with ONNX Runtime's environment, where it
         takes the place of the device's allocator: only for processes that make no session on the pool.
         None: the arena that a session makes for itself.
 
@@ -115,22 +115,16 @@ def ort_allocator(kind: str, index: int, settings: dict[str, int] | None = None)
             f"this ONNX Runtime {runtime.__version__} has no {provider}. Install it with: "
             "pip install 'glake-infer[cuda]'"
         )
-    if settings is not None:
-        arena, default = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, runtime.OrtMemType.DEFAULT
-        try:
-            runtime.create_and_register_allocator_v2(
-                provider,
-                runtime.OrtMemoryInfo(name, arena, index, default),
-                {} if kind == "cpu" else {"device_id": str(index)},
-                runtime.OrtArenaCfg(settings),
-            )
-        except Exception as error:  # ONNX Runtime's own exception types, all direct children of Exception
-            raise MissingDependencyError(
-                f"ONNX Runtime {runtime.__version__} made no arena with {settings}: {error}"
-            ) from error
     # It is refused, having told us where ONNX Runtime's functions are.
     with contextlib.suppress(Exception):
         runtime.SessionOptions().register_custom_ops_library(_native.__file__)
+    if settings is not None:
+        try:
+            _native.ort_register_arena(name, index, settings)
+        except RuntimeError as error:
+            raise MissingDependencyError(
+                f"ONNX Runtime {runtime.__version__} made no arena with {settings}: {error}"
+            ) from error
     try:
         return _native.ort_session_allocator(_tiny_model(), name, index, settings is not None)
     except RuntimeError as error:
@@ -165,6 +159,21 @@ def _ort(settings: dict[str, int]) -> Callable[..., Run]:
         )
 
     return run
+
+
+def _ort_mempool(trace: Trace, kind: str, index: int, repeat: int, limit: int | None) -> Run:
+    settings = {"use_cuda_mempool": 1, "cuda_mempool_release_threshold": (1 << 63) - 1}
+    address = ort_allocator(kind, index, settings)
+    try:
+        allocator = _native.replay_on_driver_pool(address)
+    except RuntimeError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime {import_onnxruntime().__version__} made no memory pool arena with {settings}: {error}"
+        ) from error
+    found = _native_replay(allocator, trace, [], repeat)
+    return Run(
+        found["peak_reserved"], found["seconds"], found["all_seconds"], peak_active=found["peak_active"]
+    )
 
 
 def _async(trace: Trace, kind: str, index: int, repeat: int, limit: int | None) -> Run:
@@ -300,7 +309,7 @@ RUNS: dict[str, Callable[[Trace, str, int, int, int | None], Run]] = {
     "glake": _glake,
     "ort-arena": _ort({"arena_extend_strategy": 0}),
     "ort-arena-same": _ort({"arena_extend_strategy": 1}),
-    "ort-mempool": _ort({"use_cuda_mempool": 1, "cuda_mempool_release_threshold": (1 << 63) - 1}),
+    "ort-mempool": _ort_mempool,
     "malloc": _malloc,
     "cuda-async": _async,
     "torch": _torch,

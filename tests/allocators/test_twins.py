@@ -1,6 +1,8 @@
 """Replays on the pool and on its twins."""
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -60,6 +62,43 @@ def test_the_strategies_of_the_arena_differ(tmp_path):
     same = twins.replay(path, "ort-arena-same").peak_reserved
     assert same < 20 * 17 * MiB * 1.01  # nothing more than asked for
     assert double > 1.2 * same
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_settings_of_an_arena_reach_onnx_runtime():
+    # The environment keeps what is registered, so in a process of its own. The CPU's arena knows the keys of the CUDA
+    # memory pool, and ignores them.
+    found = run(
+        """if True:
+        from glake_infer.allocators import MissingDependencyError, _native
+        from glake_infer.allocators.twins.runs import ort_allocator
+
+        for wrong in ({"no_such_setting": 1}, {"arena_extend_strategy": 2}):
+            try:
+                ort_allocator("cpu", 0, wrong)
+            except MissingDependencyError as error:
+                print(error)
+        mempool = {"use_cuda_mempool": 1, "cuda_mempool_release_threshold": 7, "cuda_mempool_bytes_to_keep_on_shrink": 0}
+        address = ort_allocator("cpu", 0, {**mempool, "max_mem": 3 << 20, "arena_extend_strategy": 1})
+        allocator = _native.replay_on_ort(address)
+        import numpy as np
+        column = np.array([ord("a")], np.uint8), np.zeros(1, np.uint32)
+        for size in (2 << 20, 4 << 20):
+            sizes = np.array([size], np.uint64)
+            print(_native.replay(allocator, *column, sizes, -np.ones(1, np.int32), [], 1))
+        """
+    ).splitlines()
+    unknown, wrong, fits, exceeds = found
+    assert "no_such_setting" in unknown.split(":", 3)[3]
+    assert wrong.endswith("Invalid configuration value was provided.")
+    assert "'failed_step': 0" in fits
+    assert "'failed_step': 1" in exceeds
+    assert "memory" in exceeds
 
 
 def test_what_an_arena_reserved_and_gave_back_counts_at_its_peak(tmp_path):
