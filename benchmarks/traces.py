@@ -1,7 +1,11 @@
 """Traces of real sessions: record them, and replay them on the pool and on its twins.
 
-    python -m benchmarks.traces record [--device cuda:0] [--seconds 60] [NAME ...]   into benchmarks/traces
-    python -m benchmarks.traces replay [--device cuda:0] [--repeat 3] [NAME ...]     into benchmarks/results
+    python -m benchmarks.traces record [--device cuda:0] [--seconds N] [--out FOLDER] [NAME ...]
+    python -m benchmarks.traces replay [--device cuda:0] [--repeat 3] [--traces FOLDER ...] [--on NAME,NAME] [NAME ...]
+
+A recording goes into benchmarks/traces, or into FOLDER; NAME is a scene's. A scene takes 60 seconds on the CPU and 12
+on CUDA, less if it made 400 000 allocations and frees. Results of a replay go into benchmarks/results; NAME is a
+trace's. Traces recorded on CUDA are replayed there only, if none is named.
 
 `cpu-*.trace.gz` were recorded under ONNX Runtime 1.24.4, which asks the pool for all weights (Reserve), as it
 does on CUDA; 1.32 asks on the CPU for prepacked ones only.
@@ -11,242 +15,94 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
+import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from benchmarks.record import record as write_result
-from glake_infer.allocators import GlakeError, Pool, twins
+from benchmarks.scenes import SCENES, Shop
+from glake_infer.allocators import GlakeError, MissingDependencyError, Pool, twins
 
 TRACES = Path(__file__).parent / "traces"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-Job = Callable[[random.Random], None]
+MOST = 400_000  # allocations and frees in a trace: about 1 MiB compressed
 
 
-class Shop:
-    """Makes sessions on a pool: of the zoo's models, written once into a folder, and of the real ones."""
+def scenes(device: str) -> dict[str, Callable[[Shop], None]]:
+    """The scenes of a device, by name."""
+    if device == "cpu":
+        return SCENES
+    from benchmarks import cuda_scenes
 
-    def __init__(self, pool: Pool, folder: Path, seconds: float, device: str) -> None:
-        self._pool, self._folder, self._end = pool, folder, time.monotonic() + seconds
-        self._numbers: dict[Any, int] = {}
-        self._gpu = device != "cpu"
-
-    @property
-    def open(self) -> bool:
-        """Whether there is time left."""
-        return time.monotonic() < self._end
-
-    def session(self, model: Any, *, pattern: bool = True) -> Any:
-        """Make a session. pattern: ONNX Runtime may plan the activations of a known shape as one block."""
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.enable_mem_pattern = pattern
-        options.log_severity_level = 3
-        self._pool.attach(options)
-        return ort.InferenceSession(str(self.path(model)), options, providers=self._pool.providers)
-
-    def path(self, model: Any) -> Path:
-        """Return the file of a zoo model (its spec) or of a real one (its name)."""
-        import real_models
-
-        from glake_infer.models import zoo
-
-        if isinstance(model, str):
-            found: Path = real_models.path_of(model)
-            return found
-        number = self._numbers.setdefault(repr(model), len(self._numbers))
-        path = self._folder / f"{number}.onnx"
-        if not path.exists():
-            zoo.write(model, path)
-        return path
-
-    def threads(self, *jobs: Job) -> None:
-        """Run every job over and over in a thread of its own; raises what a job raises."""
-        errors: list[BaseException] = []
-
-        def loop(job: Job, seed: int) -> None:
-            rng = random.Random(seed)
-            try:
-                while self.open and not errors:
-                    job(rng)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=loop, args=(job, seed)) for seed, job in enumerate(jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+    return cuda_scenes.SCENES
 
 
-def run_real(name: str, session: Any, rng: random.Random) -> None:
-    """Run a real model on one of its listed feeds; an encoder on a random batch too."""
-    import real_models
-
-    session.run(None, rng.choice(list(real_models.feeds_of(name))))
-    if name.startswith("minilm"):
-        shape = rng.randint(1, 32), rng.randint(8, 256)
-        values = {
-            "input_ids": np.full(shape, 2000),
-            "attention_mask": np.ones(shape),
-            "token_type_ids": np.zeros(shape),
-        }
-        session.run(None, {i.name: values[i.name].astype(np.int64) for i in session.get_inputs()})
-
-
-def encoders(shop: Shop) -> None:
-    """bert-tiny, bert-mini and minilm-l3 in turn, random batch and length."""
-    from glake_infer.models import zoo
-
-    tiny, mini = zoo.spec("bert-tiny"), zoo.spec("bert-mini")
-    a, b, c = shop.session(tiny, pattern=False), shop.session(mini), shop.session("minilm-l3")
-    rng = random.Random(1)
-    while shop.open:
-        seed = rng.randrange(10**6)
-        a.run(None, zoo.feeds(tiny, seed, batch=rng.randint(1, 300), length=rng.randint(16, 512)))
-        b.run(None, zoo.feeds(mini, seed, batch=rng.randint(1, 64), length=rng.choice([64, 128, 256, 384])))
-        run_real("minilm-l3", c, rng)
-
-
-def vision(shop: Shop) -> None:
-    """ResNet-18, bert-tiny, ppocr-det and ppocr-rec in four threads, random batch and size."""
-    from glake_infer.models import zoo
-
-    resnet, tiny = zoo.spec("resnet18"), zoo.spec("bert-tiny")
-    a, b = shop.session(resnet), shop.session(tiny)
-    c, d = shop.session("ppocr-det", pattern=False), shop.session("ppocr-rec", pattern=False)
-
-    def images(session: Any, batch: int, height: int, width: int) -> None:
-        session.run(None, {"x": np.full((batch, 3, height, width), 0.5, np.float32)})
-
-    def job_a(rng: random.Random) -> None:
-        length = rng.choice([64, 96, 128, 160, 192])
-        a.run(None, zoo.feeds(resnet, rng.randrange(10**6), batch=rng.randint(1, 160), length=length))
-
-    def job_b(rng: random.Random) -> None:
-        length = rng.randint(16, 512)
-        b.run(None, zoo.feeds(tiny, rng.randrange(10**6), batch=rng.randint(1, 200), length=length))
-
-    def job_c(rng: random.Random) -> None:
-        images(c, rng.randint(1, 4), 32 * rng.randint(6, 24), 32 * rng.randint(6, 24))
-
-    def job_d(rng: random.Random) -> None:
-        images(d, rng.randint(1, 24), 48, 8 * rng.randint(10, 120))
-
-    shop.threads(job_a, job_b, job_c, job_d)
-
-
-def decode(shop: Shop) -> None:
-    """Two threads of llama-tiny with growing caches beside bert-tiny, random batch and length."""
-    from glake_infer.models import zoo
-
-    llama, tiny = zoo.spec("llama-tiny"), zoo.spec("bert-tiny")
-    a, b = shop.session(llama, pattern=False), shop.session(tiny)
-
-    def talk(rng: random.Random) -> None:
-        seed, batch = rng.randrange(10**6), rng.randint(1, 48)
-        found = a.run(None, zoo.feeds(llama, seed, batch=batch, length=rng.randint(16, 200)))
-        for _ in range(rng.randint(4, 24)):
-            feeds = zoo.feeds(llama, seed, batch=batch, length=1, past=found[1].shape[2])
-            feeds.update(zip([name for name in feeds if name.startswith("past")], found[1:], strict=True))
-            found = a.run(None, feeds)
-
-    def encode(rng: random.Random) -> None:
-        length = rng.randint(16, 512)
-        b.run(None, zoo.feeds(tiny, rng.randrange(10**6), batch=rng.randint(1, 200), length=length))
-
-    shop.threads(talk, talk, encode)
-
-
-def churn(shop: Shop) -> None:
-    """Nine models, of 1 to 440 MB, loaded, run at random batch and length and closed; up to five at once."""
-    from glake_infer.models import zoo
-
-    models: list[Any] = [
-        *(zoo.spec(name) for name in ("bert-base", "bert-small", "resnet50", "llama-125m")),
-        zoo.spec("bert-small", layers=8, head="b", labels=9),
-        "minilm-l6-int8", "ocr-common-old", "ppocr-rec", "silero-op15",
-    ]  # fmt: skip
-    rng = random.Random(3)
-    loaded: dict[int, Any] = {}
-    while shop.open:
-        key = rng.randrange(len(models))
-        if key not in loaded:
-            loaded[key] = shop.session(models[key], pattern=rng.random() < 0.5)
-        elif rng.random() < 0.5:
-            del loaded[key]
-            gc.collect()
-        for _ in range(rng.randint(1, 4) if loaded else 0):
-            chosen = rng.choice(list(loaded))
-            model, session = models[chosen], loaded[chosen]
-            if isinstance(model, str):
-                run_real(model, session, rng)
-                continue
-            length = rng.choice([64, 96, 128]) if "resnet" in model.name else rng.randint(8, 96)
-            session.run(None, zoo.feeds(model, rng.randrange(10**6), batch=rng.randint(1, 4), length=length))
-        while len(loaded) > 5:
-            del loaded[rng.choice(list(loaded))]
-            gc.collect()
-
-
-SCENES: dict[str, Callable[[Shop], None]] = {
-    "encoders": encoders,
-    "vision": vision,
-    "decode": decode,
-    "churn": churn,
-}
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-def record(name: str, device: str, seconds: float) -> None:
-    """Play a scene and save its trace."""
+def record(name: str, device: str, seconds: float, out: Path) -> None:
+    """Play a scene and save its trace; prints one JSON line."""
     import onnxruntime
 
-    with _folder() as folder, Pool(device) as pool:
+    scene = scenes(device)[name]
+    with tempfile.TemporaryDirectory() as folder, Pool(device) as pool:
         with pool.record() as recording:
-            SCENES[name](Shop(pool, folder, seconds, device))
+            scene(Shop(pool, Path(folder), seconds, MOST))
             gc.collect()
         if recording.truncated:
             raise GlakeError(f"{name}: more events than a recording keeps; record fewer seconds")
         trace = recording.trace()
-        target = TRACES / f"{device.partition(':')[0]}-{name}.trace.gz"
-        doc = (SCENES[name].__doc__ or "").strip().rstrip(".")
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / f"{device.partition(':')[0]}-{name}.trace.gz"
+        doc = (scene.__doc__ or "").strip().rstrip(".")
         recording.save(target, f"{doc}; on {device}, ONNX Runtime {onnxruntime.__version__}")
-        print(
-            f"{target}: {len(trace)} lines, {target.stat().st_size} bytes, peak requested {trace.peak_requested}"
-        )
+        found = {
+            "recorded": str(target),
+            "lines": len(trace),
+            "streams": trace.stream_count,
+            "file_bytes": target.stat().st_size,
+            "peak_requested": trace.peak_requested,
+            "onnxruntime": onnxruntime.__version__,
+        }
+        print(json.dumps(found), flush=True)
 
 
-def replay(names: list[str], device: str, repeat: int) -> None:
-    """Replay traces on every allocator of a device; one line each. What is not installed is said and left out."""
-    for path in sorted(TRACES.glob("*.trace.gz")):
-        if names and path.name.removesuffix(".trace.gz") not in names:
+def record_all(names: list[str], device: str, seconds: float, out: Path) -> int:
+    """Record scenes in a process each: models of one must not warm the pool for the next. Returns how many failed."""
+    failed = 0
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.traces", "record", name, "--device", device]
+        command += ["--seconds", str(seconds), "--out", str(out)]
+        failed += subprocess.run(command).returncode != 0
+    return failed
+
+
+def replay(names: list[str], device: str, repeat: int, folders: list[Path], allocators: list[str]) -> None:
+    """Replay traces on allocators of a device; one line each. What is not installed is said and left out."""
+    found = {
+        path.name.removesuffix(".trace.gz"): path for f in folders for path in sorted(f.glob("*.trace.gz"))
+    }
+    for name in names:
+        if name not in found:
+            print(f"there is no trace {name!r}: there are {', '.join(found) or 'none'}", file=sys.stderr)
+    missing = set()
+    for allocator in allocators:
+        if allocator not in twins.names(device):
+            choices = ", ".join(twins.names(device))
+            print(f"there is no allocator {allocator!r} for {device}: choose from {choices}", file=sys.stderr)
+            missing.add(allocator)
+    for name, path in found.items():
+        if name not in names if names else (device == "cpu" and name.startswith("cuda-")):
             continue
-        for allocator in twins.names(device):
+        for allocator in allocators:
+            if allocator in missing:
+                continue
             try:
                 report = twins.replay(path, allocator, device, repeat=repeat)
             except GlakeError as error:
                 print(f"{path.name} on {allocator}: {error}", file=sys.stderr)
+                if isinstance(error, MissingDependencyError):
+                    missing.add(allocator)
                 continue
             write_result("traces", asdict(report))
 
@@ -257,18 +113,24 @@ def main() -> None:
     parser.add_argument("what", choices=["record", "replay"], nargs="?", default="replay")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--out", type=Path, default=TRACES)
     parser.add_argument("--repeat", type=int, default=3)
-    chosen = parser.parse_args(sys.argv[1:] if sys.argv[0].endswith("traces.py") else [])
+    parser.add_argument("--traces", type=Path, action="append")
+    parser.add_argument("--on", default="")
+    chosen = parser.parse_intermixed_args(sys.argv[1:] if sys.argv[0].endswith("traces.py") else [])
     if chosen.what == "replay":
-        replay(chosen.names, chosen.device, chosen.repeat)
+        allocators = [name for name in chosen.on.split(",") if name] or twins.names(chosen.device)
+        replay(chosen.names, chosen.device, chosen.repeat, chosen.traces or [TRACES], allocators)
         return
-    for name in chosen.names or SCENES:
-        if len(chosen.names) == 1:
-            record(name, chosen.device, chosen.seconds)
-        else:  # a process each: models of one scene must not warm the pool for the next
-            command = [sys.executable, "-m", "benchmarks.traces", "record", name, "--device", chosen.device]
-            subprocess.run([*command, "--seconds", str(chosen.seconds)], check=True)
+    seconds = chosen.seconds or (60 if chosen.device == "cpu" else 12)
+    known = scenes(chosen.device)
+    if unknown := [name for name in chosen.names if name not in known]:
+        parser.error(f"there is no scene {unknown[0]!r}: choose from {', '.join(known)}")
+    if len(chosen.names) == 1:
+        record(chosen.names[0], chosen.device, seconds, chosen.out)
+    elif failed := record_all(chosen.names or list(known), chosen.device, seconds, chosen.out):
+        sys.exit(f"{failed} scenes were not recorded")
 
 
 if __name__ == "__main__":
