@@ -89,7 +89,7 @@ void Chunks::begin_use(Mapping& mapping) noexcept {
   chunk.current = &mapping;
   chunk.fence = 0;  // waited for, or of the same stream: work of the arena from now on comes after it
   for (Mapping* other : chunk.mappings) {
-    if (other != &mapping) other->heap.lose(*other);
+    if (other != &mapping && other->shown) other->heap.lose(*other);
   }
   // The most recently used one last.
   const auto place = std::find(chunk.mappings.begin(), chunk.mappings.end(), &mapping);
@@ -103,9 +103,6 @@ void Chunks::end_use(Mapping& mapping, std::uint64_t arena) noexcept {
   chunk.last_arena = arena;
   mapping.fence = chunk.fence;
   list_idle(chunk);
-  for (Mapping* other : chunk.mappings) {
-    if (other != &mapping) other->heap.regain(*other);
-  }
 }
 
 void Chunks::add(Mapping& mapping) {

@@ -38,8 +38,10 @@ struct Mapping {
   void* segment;  // of the heap
   Chunk& chunk;
   Address address;
-  Fence fence = 0;     // the last work that used the chunk through this mapping
-  Link<Mapping> link;  // in the list of all mappings: oldest first
+  Fence fence = 0;            // the last work that used the chunk through this mapping
+  bool shown = false;         // ranges of the heap cover it
+  Link<Mapping> link;         // in the list of all mappings: oldest first
+  Link<Mapping> hidden_link;  // while not shown: in the heap's list of such mappings
 };
 
 struct Chunk {
@@ -59,13 +61,13 @@ struct Chunk {
 
 class Chunks {
  public:
-  static constexpr std::size_t largest_chunk = std::size_t{32} << 20;
+  static constexpr std::size_t largest_chunk = std::size_t{16} << 20;
   // A request is served from at most this many idle chunks: mapping costs are per chunk, and above this new, larger
   // chunks take the place of small ones.
   static constexpr std::size_t most_gathered = 256;
   // A chunk is kept mapped at this many addresses at most, the least recently used going first: every further place
   // costs time whenever the chunk is taken or becomes idle.
-  static constexpr std::size_t most_mappings_of_chunk = 7;
+  static constexpr std::size_t most_mappings_of_chunk = 12;
 
   Chunks(VirtualMemory& memory, Fences& fences, std::size_t limit)
       : memory_(memory), fences_(fences), granule_(memory.granularity()), limit_(limit) {}

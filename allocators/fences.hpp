@@ -34,8 +34,10 @@ class Fences {
   // For a test that has to show that it can fail: from now on (or not any more) nothing is waited for.
   void ignore(bool on) noexcept { ignored_ = on; }
 
+  // Whether there is ever anything to wait for.
+  [[nodiscard]] bool needed() const noexcept { return order_ != nullptr && !ignored_; }
   // All work queued so far. No driver call.
-  [[nodiscard]] Fence now() noexcept { return order_ == nullptr || ignored_ ? 0 : ++clock_; }
+  [[nodiscard]] Fence now() noexcept { return needed() ? ++clock_ : 0; }
   // The same, with an event recorded at once if possible: whoever will have to wait on the host then waits least.
   [[nodiscard]] Fence record();
 

@@ -37,20 +37,18 @@ std::size_t Heap::rounded(std::size_t bytes) const noexcept { return round_up(by
 
 Heap::Cached& Heap::bin(std::size_t bytes) noexcept { return cache_[(bytes / step_ * 0x9E3779B97F4A7C15U) >> 58]; }
 
-Range* Heap::reuse(std::size_t bytes) {
+Range* Heap::reuse(std::size_t bytes, bool may_wait) {
   constexpr int most_looked_at = 16;
   Cached& cached = bin(bytes);
-  Range* found = nullptr;
-  int looked_at = 0;
-  // The most recently used one: what it holds is the likeliest to be in a cache. Without a stream, one that the
-  // device has finished with.
-  for (Range* range = cached.back(); range != nullptr && looked_at < most_looked_at; range = Cached::previous(*range)) {
-    ++looked_at;
-    if (range->bytes != bytes) continue;
-    found = range;
-    if (range->fence == 0 || fences_.finished(range->fence)) break;
+  // The most recently used one: what it holds is the likeliest to be in a cache. Without a stream, the one that the
+  // device is the likeliest to have finished with.
+  const bool newest = arena_.mode == Arena::Mode::stream || !fences_.needed();
+  Range* found = newest ? cached.back() : cached.front();
+  for (int looked_at = 0; found != nullptr && found->bytes != bytes; ++looked_at) {
+    found = looked_at == most_looked_at ? nullptr : newest ? Cached::previous(*found) : Cached::next(*found);
   }
   if (found == nullptr) return nullptr;
+  if (!newest && !may_wait && !fences_.finished(found->fence)) return nullptr;
   arena_.order(found->fence);
   cached.remove(*found);
   --cached_;
@@ -59,40 +57,86 @@ Range* Heap::reuse(std::size_t bytes) {
   return found;
 }
 
-Range* Heap::fit(std::size_t bytes) {
-  auto best = free_.lower_bound({bytes, 0});
-  if (best == free_.end()) return nullptr;
-  if (Range* range = recall(bytes)) return range;
-  if (arena_.mode != Arena::Mode::stream) {
-    // The host would have to wait for the device: look a little further for a range that it has finished with.
-    auto candidate = best;
-    for (int looked_at = 0; looked_at < 8 && candidate != free_.end(); ++looked_at, ++candidate) {
-      if (fences_.finished(ranges_.find(candidate->second)->second.fence)) {
-        best = candidate;
-        break;
-      }
-    }
+Range* Heap::fit(std::size_t bytes, bool may_wait) {
+  if (Range* range = recall(bytes, may_wait)) return range;
+  show_idle();
+  constexpr int most_looked_at = 8;
+  const auto best = free_.lower_bound({bytes, 0});
+  auto candidate = best;
+  for (int looked_at = 0; looked_at < most_looked_at && candidate != free_.end(); ++looked_at, ++candidate) {
+    const auto range = ranges_.find(candidate->second);
+    if (ready(range->second, range->first, bytes)) return place(range, range->first, bytes);
   }
-  return cut(ranges_.find(best->second), best->second, bytes);
+  if (best == free_.end() || !may_wait) return nullptr;
+  return place(ranges_.find(best->second), best->second, bytes);
+}
+
+// Whether a part of a free range can be used without waiting on the host.
+bool Heap::ready(const Range& range, Address address, std::size_t bytes) {
+  if (arena_.mode == Arena::Mode::stream || !fences_.needed()) return true;
+  if (!fences_.finished(range.fence)) return false;
+  if (range.held) return true;
+  for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes;
+       ++mapping) {
+    const Chunk& chunk = mapping->second.chunk;
+    if (chunk.idle() && !fences_.finished(chunk.fence)) return false;
+  }
+  return true;
+}
+
+// Cuts a range where its size was not before.
+Range* Heap::place(Ranges::iterator free, Address address, std::size_t bytes) {
+  Range* const range = cut(free, address, bytes);
+  if (!arena_.weights) remember(bytes, address);  // what lives long is packed as tightly as it goes
+  return range;
 }
 
 // A free place where this size was before: of several, the one that was known first. Their order never changes: a load
 // that repeats goes through the same places again. (If the one used last came last, a size with two places that lives
 // once at a time would go back and forth between them for ever.)
-Range* Heap::recall(std::size_t bytes) {
+Range* Heap::recall(std::size_t bytes, bool may_wait) {
   constexpr std::size_t most_tried = 32;
   const auto known = places_.find(bytes);
   if (known == places_.end()) return nullptr;
   std::deque<Address>& places = known->second;
   for (std::size_t i = 0; i < places.size() && i < most_tried; ++i) {
     const Address address = places[i];
+    if (!hidden_.empty() && !show(address, address + bytes)) continue;
     auto range = ranges_.upper_bound(address);
     if (range == ranges_.begin()) continue;
     --range;
     if (range->second.state != RangeState::free || range->second.end() < address + bytes) continue;
-    return cut(range, address, bytes);
+    if (may_wait || ready(range->second, address, bytes)) return cut(range, address, bytes);
   }
   return nullptr;
+}
+
+// Shows what idle chunks have between two addresses. False, with nothing done, if somebody uses a part of it.
+bool Heap::show(Address start, Address end) {
+  const auto first = first_mapping(start);
+  bool hidden = false;
+  for (auto entry = first; entry != mappings_.end() && entry->first < end; ++entry) {
+    if (entry->second.shown) continue;
+    if (!entry->second.chunk.idle()) return false;
+    hidden = true;
+  }
+  if (!hidden) return true;
+  for (auto range = ranges_.lower_bound(start); range != ranges_.end() && range->first < end; ++range) {
+    if (range->second.state != RangeState::free) return false;
+  }
+  for (auto entry = first; entry != mappings_.end() && entry->first < end; ++entry) {
+    if (!entry->second.shown) regain(entry->second);
+  }
+  return true;
+}
+
+// Shows every place of every idle chunk.
+void Heap::show_idle() noexcept {
+  for (Mapping* mapping = hidden_.front(); mapping != nullptr;) {
+    Mapping* const next = Hidden::next(*mapping);
+    if (mapping->chunk.idle()) regain(*mapping);
+    mapping = next;
+  }
 }
 
 void Heap::remember(std::size_t bytes, Address address) {
@@ -120,6 +164,7 @@ std::size_t Heap::missing(std::size_t bytes) const noexcept {
 
 std::size_t Heap::needed(std::size_t bytes) const noexcept {
   auto* const self = const_cast<Heap*>(this);
+  self->show_idle();
   std::size_t idle = 0;
   if (const auto end = self->tail(); end != ranges_.end()) {
     for (auto mapping = self->first_mapping(end->second.address); mapping != mappings_.end(); ++mapping) {
@@ -156,6 +201,7 @@ Heap::Segment& Heap::segment_for(std::size_t bytes) {
 
 Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
   const std::size_t granule = chunks_.granule();
+  show_idle();
   auto end = tail();
   std::size_t needed = missing(bytes);
   if (needed == 0) needed = granule;
@@ -164,7 +210,7 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     needed = round_up(bytes, granule);
   }
   const Address held = end != ranges_.end() && end->second.held ? end->first : 0;  // of a graph's heap
-  if (held != 0 && end->second.bytes >= bytes) return cut(end, held, bytes);
+  if (held != 0 && end->second.bytes >= bytes) return place(end, held, bytes);
   // What the end of the segment has already must not be taken from it.
   std::vector<Chunk*> withheld;
   if (end != ranges_.end() && !end->second.held) {
@@ -197,6 +243,7 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
       chunk.mappings.reserve(chunk.mappings.size() + 1);
       auto [mapping, inserted] = mappings_.try_emplace(segment.end, memory_, *this, &segment, chunk, segment.end);
       chunks_.add(mapping->second);
+      hidden_.push_back(mapping->second);
       ++segment.mappings;
       segment.end += chunk.bytes();
       mapped_ += chunk.bytes();
@@ -219,13 +266,13 @@ Range* Heap::grow(std::size_t bytes, std::size_t soft_limit) {
     order(fresh->second, fresh->first, front);
     if (fresh->second.bytes > front) (void)split(fresh, fresh->first + front);
     hold(fresh->second);
-    return cut(merge(fresh), held, bytes);
+    return place(merge(fresh), held, bytes);
   }
   end = tail();
   if (end == ranges_.end() || end->second.bytes < bytes) {
     throw std::logic_error("a heap that grew has no room at its end");  // cannot be
   }
-  return cut(end, end->first, bytes);
+  return place(end, end->first, bytes);
 }
 
 // Makes a live range of a part of a free one.
@@ -233,7 +280,6 @@ Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes) {
   assert(free->second.state == RangeState::free && free->second.address <= address &&
          free->second.end() >= address + bytes);
   order(free->second, address, bytes);
-  if (!arena_.weights) remember(bytes, address);  // what lives long is packed as tightly as it goes
   if (address != free->second.address) free = split(free, address);
   if (free->second.bytes != bytes) (void)split(free, address + bytes);
   Range& range = free->second;
@@ -378,6 +424,8 @@ Heap::Ranges::iterator Heap::merge(Ranges::iterator range) noexcept {
 }
 
 void Heap::lose(Mapping& mapping) noexcept {
+  mapping.shown = false;
+  hidden_.push_back(mapping);
   // All of it is free, in one range or in several that were kept apart.
   auto found = ranges_.upper_bound(mapping.address);
   assert(found != ranges_.begin());
@@ -399,7 +447,11 @@ void Heap::lose(Mapping& mapping) noexcept {
   }
 }
 
-void Heap::regain(Mapping& mapping) noexcept { merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0)); }
+void Heap::regain(Mapping& mapping) noexcept {
+  hidden_.remove(mapping);
+  mapping.shown = true;
+  merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0));
+}
 
 bool Heap::clear() noexcept {
   for (auto entry = mappings_.begin(); entry != mappings_.end();) {
@@ -417,7 +469,8 @@ bool Heap::clear() noexcept {
 
 void Heap::drop(Mapping& mapping) noexcept {
   assert(mapping.chunk.current != &mapping);
-  if (mapping.chunk.idle()) lose(mapping);
+  if (mapping.shown) lose(mapping);  // free ranges may cover it
+  hidden_.remove(mapping);
   auto* const segment = static_cast<Segment*>(mapping.segment);
   const auto self = mappings_.find(mapping.address);
   if (mapping.end() == segment->end) {  // the address space can be used again
@@ -482,8 +535,9 @@ void Heap::check_invariants() const {
                   range->second.address > address,
               "no range shows a chunk twice");
     }
-    const bool lost = !chunk.idle() && chunk.current != &mapping;
-    require(seen == (lost ? 0 : mapping.bytes()), "ranges cover exactly what is mapped and not lost");
+    require(chunk.idle() || mapping.shown == (chunk.current == &mapping), "a chunk in use shows at one place");
+    require(hidden_.contains(mapping) != mapping.shown, "a heap lists what it does not show");
+    require(seen == (mapping.shown ? mapping.bytes() : 0), "ranges cover exactly what is mapped and shown");
     require(held == (chunk.current == &mapping ? chunk.used : 0), "a chunk counts the bytes that are held in it");
     visible += seen;
   }

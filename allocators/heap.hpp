@@ -4,13 +4,16 @@
 // ever grows at its end, by chunks that are new or that are idle elsewhere (stitching); so neighbours share granules,
 // and nothing is rounded up to one. Inside, ranges are handed out by best fit, split, and merged when they are free.
 //
-// The same chunk can be mapped in several places. While it is used through one of them, the others are lost: no range
-// covers them. When it is idle, every place of it is (part of) a free range again, of whichever heap comes first. (A
-// free range never shows a chunk twice: such neighbours stay apart.)
+// The same chunk can be mapped in several places. While it is used through one of them, the others are hidden: no range
+// covers them. When it is idle, any place of it may be shown as (part of) a free range again. That is done when
+// somebody looks for such a place, and not before: most chunks are taken again where they were. (A free range never
+// shows a chunk twice: such neighbours stay apart.)
 //
 // A range that is freed is cached first: it keeps its place and its chunks, and serves the next request of exactly
-// its size without a search. Whatever the cache does not serve empties it (flush) before anything else is tried, so
-// caching never costs memory. Not thread-safe: Pool locks.
+// its size without a search. In a heap that is not stitched, free ranges serve next, and then the cache is emptied
+// (flush). In a stitched one, whatever the cache does not serve empties it first: sizes then go back to the same places
+// time and again, and a load that repeats needs no new mappings. Either way nothing is mapped before the cache is
+// empty, so caching costs no memory. Not thread-safe: Pool locks.
 #pragma once
 
 #include <array>
@@ -72,12 +75,15 @@ class Heap {
 
   [[nodiscard]] std::size_t rounded(std::size_t bytes) const noexcept;
 
+  // In the following two, `may_wait`: if need be the host waits until the device has finished with what is found.
+  // (Where the arena has a stream it never need.)
+  //
   // A cached range of exactly `bytes` (rounded): no search, no driver call. Null if there is none.
-  [[nodiscard]] Range* reuse(std::size_t bytes);
+  [[nodiscard]] Range* reuse(std::size_t bytes, bool may_wait);
   // A place where that size was before, else the smallest free range that holds `bytes`, cut to that size. Null if
   // there is none. Throws DriverError. (Best fit alone leads a repeating load to ever new layouts, each of which needs
   // other mappings; where sizes go back to their places, it settles.)
-  [[nodiscard]] Range* fit(std::size_t bytes);
+  [[nodiscard]] Range* fit(std::size_t bytes, bool may_wait);
   // Maps what is missing at the end of a segment. Null if the limit does not allow it. Throws DriverError, with
   // nothing handed out.
   [[nodiscard]] Range* grow(std::size_t bytes, std::size_t soft_limit);
@@ -96,11 +102,12 @@ class Heap {
   // Unmaps everything. False, with the rest left, if a chunk is in use here or the device has not finished with it.
   [[nodiscard]] bool clear() noexcept;
 
-  // Chunks' side of things: a place of a chunk is lost to another mapping of it, comes back, or is unmapped.
+  // Chunks' side of things: a place of a chunk is lost to another mapping of it, or is unmapped.
   void lose(Mapping& mapping) noexcept;
-  void regain(Mapping& mapping) noexcept;
   void drop(Mapping& mapping) noexcept;
 
+  // Some of its chunks are, or were, used at another place.
+  [[nodiscard]] bool stitched() const noexcept { return !hidden_.empty(); }
   [[nodiscard]] const char* kind() const noexcept { return kind_; }
   [[nodiscard]] Arena& arena() const noexcept { return arena_; }
   [[nodiscard]] bool in_use() const noexcept { return live_ != 0; }
@@ -122,14 +129,20 @@ class Heap {
   using Ranges = std::map<Address, Range>;
   using Mappings = std::map<Address, Mapping>;
   using Cached = IntrusiveList<Range, &Range::cache_link>;
+  using Hidden = IntrusiveList<Mapping, &Mapping::hidden_link>;
 
   [[nodiscard]] Ranges::iterator insert(Address address, std::size_t bytes, const void* segment, Fence fence);
   Ranges::iterator merge(Ranges::iterator range) noexcept;
   [[nodiscard]] bool aliased(const Range& left, const Range& right) noexcept;
   [[nodiscard]] Range* cut(Ranges::iterator free, Address address, std::size_t bytes);
   Ranges::iterator split(Ranges::iterator free, Address at);
-  [[nodiscard]] Range* recall(std::size_t bytes);
+  [[nodiscard]] Range* recall(std::size_t bytes, bool may_wait);
+  [[nodiscard]] bool ready(const Range& range, Address address, std::size_t bytes);
+  [[nodiscard]] Range* place(Ranges::iterator free, Address address, std::size_t bytes);
   void remember(std::size_t bytes, Address address);
+  [[nodiscard]] bool show(Address start, Address end);
+  void show_idle() noexcept;
+  void regain(Mapping& mapping) noexcept;
   void hold(Range& range) noexcept;
   void unhold(Range& range) noexcept;
   void order(const Range& range, Address address, std::size_t bytes);
@@ -150,6 +163,7 @@ class Heap {
   std::size_t mapped_ = 0;                                       // bytes of all mappings
   std::list<Segment> segments_;                                  // the last one grows
   Mappings mappings_;                                            // by address
+  Hidden hidden_;                                                // mappings that no range covers
   Ranges ranges_;                                                // by address: everything that is mapped and not lost
   std::set<std::pair<std::size_t, Address>> free_;               // free ranges by size
   std::array<Cached, 64> cache_;                                 // by a hash of the size

@@ -105,7 +105,11 @@ Pool::~Pool() {
 void Pool::add(Range& range) { table_.emplace(range.address, &range); }
 void Pool::remove(Range& range) noexcept {
   table_.erase(range.address);
-  recent_.fill({});  // it may name the range, or objects of a slab in it
+  if (range.heap.step() == Arena::slab_step) {
+    recent_.fill({});  // it may name objects of a slab in the range
+  } else if (Recent& known = recent(range.address); known.address == range.address) {
+    known = {};
+  }
 }
 
 Arena& Pool::make_arena(Arena::Mode mode, bool weights) {
@@ -235,18 +239,22 @@ void Pool::flush_all() noexcept {
 
 std::size_t Pool::soft_limit(std::size_t bytes) const noexcept {
   const std::size_t demand = std::max(usage_.peak_requested, plus(usage_.requested, bytes));
-  return plus(plus(demand, demand / 25), std::size_t{16} << 20);
+  return plus(plus(demand, demand / 33), std::size_t{16} << 20);
 }
 
 Range* Pool::acquire(Heap& heap, std::size_t bytes) {
-  if (Range* range = heap.reuse(bytes)) return range;
+  if (Range* range = heap.reuse(bytes, false)) return range;
+  if (!heap.stitched()) {
+    if (Range* range = heap.fit(bytes, false)) return range;
+  }
+  if (Range* range = heap.reuse(bytes, true)) return range;
   collect_graphs();
   heap.arena().flush(slab_table_);
-  if (Range* range = heap.fit(bytes)) return range;
+  if (Range* range = heap.fit(bytes, true)) return range;
   if (bytes > chunks_.limit()) return nullptr;  // also: sizes that could not be added to anything
   if (chunks_.idle() < heap.missing(bytes)) {
     flush_all();
-    if (Range* range = heap.fit(bytes)) return range;
+    if (Range* range = heap.fit(bytes, true)) return range;
   }
   Range* range = nullptr;
   try {
@@ -257,12 +265,12 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     flush_all();
     chunks_.drop_spare_mappings();
     chunks_.give_back(most, false);
-    range = heap.fit(bytes);
+    range = heap.fit(bytes, true);
     if (range == nullptr) range = heap.grow(bytes, most);
   }
   if (range == nullptr) {
     flush_all();
-    range = heap.fit(bytes);
+    range = heap.fit(bytes, true);
     if (range == nullptr) range = heap.grow(bytes, most);
   }
   return range;

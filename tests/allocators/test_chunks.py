@@ -11,7 +11,7 @@ from conformance import KiB, MiB, fill, holds, random_size
 from glake_infer.allocators import InvalidPointerError, OutOfMemoryError, PoolInUseError, _native
 
 GRANULE = 64 * KiB
-MOST_MAPPINGS = 7  # Chunks::most_mappings_of_chunk
+MOST_MAPPINGS = 12  # Chunks::most_mappings_of_chunk
 
 
 @pytest.fixture
