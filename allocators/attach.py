@@ -133,6 +133,8 @@ def attach(
     options: onnxruntime.SessionOptions,
     initializers: Iterable[Initializer | InitializerTuple],
     device: str = "cpu",
+    *,
+    cuda_graph: bool = False,
 ) -> Initializers:
     """Make the sessions of these options allocate from the device's pool, and use these weights.
 
@@ -150,9 +152,9 @@ def attach(
     # entry makes sessions ask for initializers through Reserve. On the CPU that depends on the version:
     # 1.24 asks for all of them, 1.32 only for prepacked copies. On CUDA all come through Reserve.
     options.add_session_config_entry("session.use_env_allocators", "1")
-    if device != "cpu":
-        # A pattern is one block for a whole run, allocated without a stream: the pool would have to wait on the host
-        # for all sessions before it could serve the next run with it.
+    if cuda_graph:
+        # A pattern is one block for a whole run, allocated without a stream. In a run that is captured nothing would
+        # tell the pool that the graph goes on using it.
         options.enable_mem_pattern = False
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     _native.begin_attach(

@@ -37,18 +37,17 @@ void CUDA_CB graph_is_gone(void* pointer) {
 
 }  // namespace
 
+CudaStreams::CudaStreams(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {
+  const CurrentContext current(*context_);
+  context_->check(context_->driver.stream_create(&own_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+}
+
 CudaStreams::~CudaStreams() {
-  if (own_ == nullptr || process_.is_child()) return;
+  if (process_.is_child()) return;
   context_->report(context_->driver.stream_destroy(own_), "destroying a stream (cuStreamDestroy)", 0);
 }
 
-StreamHandle CudaStreams::own_stream() {
-  if (own_ == nullptr) {
-    const CurrentContext current(*context_);
-    context_->check(context_->driver.stream_create(&own_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
-  }
-  return reinterpret_cast<StreamHandle>(own_);
-}
+StreamHandle CudaStreams::own_stream() noexcept { return reinterpret_cast<StreamHandle>(own_); }
 
 std::optional<StreamState> CudaStreams::state(StreamHandle stream) noexcept {
   if (stream == no_stream) return std::nullopt;
@@ -121,8 +120,15 @@ void CudaStreams::record(EventHandle event, StreamHandle stream) {
 void CudaStreams::record_all(EventHandle event) {
   const CudaDriver& driver = context_->driver;
   if (driver.ctx_record_event != nullptr) {
-    return context_->check(driver.ctx_record_event(context_->handle(), to_event(event)),
-                           "recording an event on all streams (cuCtxRecordEvent)");
+    const CUresult result = driver.ctx_record_event(context_->handle(), to_event(event));
+    if (result == CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED) {
+      throw CaptureBroken(
+          "a stream on " + context_->name() +
+          " is being captured into a CUDA graph, and the pool did not know of it: the capture is broken now. For "
+          "sessions with enable_cuda_graph: pool.attach(options, cuda_graph=True). For captures by other code: "
+          "with pool.foreign_capture(): ...");
+    }
+    return context_->check(result, "recording an event on all streams (cuCtxRecordEvent)");
   }
   // A driver before CUDA 12.5: wait for what the event would stand for. After that an event that is recorded
   // anywhere is reached as soon as it is recorded; the thread's own default stream waits for no other.
@@ -191,15 +197,13 @@ void CudaStreams::wait_by_freeing() {
 bool CudaStreams::freeing_waits() {
   if (freeing_waits_) return *freeing_waits_;
   const CudaDriver& driver = context_->driver;
-  CUstream stream = nullptr;
-  context_->check(driver.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
   std::atomic<bool> done = false;
   const auto work = [](void* flag) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     static_cast<std::atomic<bool>*>(flag)->store(true);
   };
   bool waited = false;
-  CUresult result = driver.launch_host_func(stream, work, &done);
+  CUresult result = driver.launch_host_func(own_, work, &done);
   if (result == CUDA_SUCCESS) {
     CUdeviceptr memory = 0;
     const CUresult freed = driver.mem_alloc(&memory, 1) == CUDA_SUCCESS ? driver.mem_free(memory) : CUDA_SUCCESS;
@@ -209,9 +213,8 @@ bool CudaStreams::freeing_waits() {
       waited = driver.mem_host_alloc(&pinned, 1, 0) == CUDA_SUCCESS && !done.load() &&
                driver.mem_host_free(pinned) == CUDA_SUCCESS && done.load();
     }
-    result = driver.stream_synchronize(stream);  // `done` must not go before
+    result = driver.stream_synchronize(own_);  // `done` must not go before
   }
-  context_->report(driver.stream_destroy(stream), "destroying a stream (cuStreamDestroy)", 0);
   context_->check(result, "looking how to wait for the device (cuLaunchHostFunc)");
   freeing_waits_ = waited;
   return waited;

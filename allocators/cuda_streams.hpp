@@ -33,7 +33,8 @@ class CudaStreams final : public StreamOrder {
   // then, and whoever queues some breaks that capture. watch_graph() throws for it.
   static constexpr std::uint64_t implicit_capture = ~std::uint64_t{0};
 
-  explicit CudaStreams(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
+  // Makes own_stream(): once the device is full there would be no memory for it. Throws DriverError.
+  explicit CudaStreams(std::shared_ptr<const CudaContext> context);
   ~CudaStreams() override;
 
   // 0 and 1 are the legacy default stream, 2 the calling thread's own default stream. Undefined for the handle of a
@@ -47,7 +48,7 @@ class CudaStreams final : public StreamOrder {
   [[nodiscard]] bool finished(EventHandle event) override;
   void synchronize(EventHandle event) override;
   [[nodiscard]] bool synchronize_all() override;
-  [[nodiscard]] StreamHandle own_stream() override;
+  [[nodiscard]] StreamHandle own_stream() noexcept override;
   void watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) override;
 
  private:
@@ -63,7 +64,7 @@ class CudaStreams final : public StreamOrder {
   std::unordered_set<std::uint64_t> ours_;                                    // ids of streams of this context
   std::map<std::pair<std::uint64_t, StreamHandle>, std::uint64_t> captured_;  // (capture, stream) -> id
   std::uint64_t made_ids_ = 0;
-  CUstream own_ = nullptr;  // made at first use
+  CUstream own_ = nullptr;
 };
 
 }  // namespace glake

@@ -1,6 +1,7 @@
 #include "fences.hpp"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "virtual_memory.hpp"
 
@@ -42,7 +43,9 @@ Fence Fences::record() {
   const Fence fence = now();
   try {
     if (fence != 0 && captures == 0) record_event();
-  } catch (const DriverError&) {  // a free must not fail; who waits tries again
+  } catch (const CaptureBroken& error) {  // a free must not fail, and who captures should hear of it
+    std::fprintf(stderr, "glake-infer: %s\n", error.what());
+  } catch (const DriverError&) {  // who waits tries again
   }
   return fence;
 }

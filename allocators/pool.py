@@ -214,6 +214,8 @@ class Pool:
         self,
         options: onnxruntime.SessionOptions,
         initializers: Iterable[Initializer | InitializerTuple] = (),
+        *,
+        cuda_graph: bool = False,
     ) -> Initializers:
         """Make the sessions that are created from these options allocate from this pool.
 
@@ -234,6 +236,9 @@ class Pool:
             initializers: weights in memory of ours to be used, without a copy, instead of the graph's
                 initializers of the same names: `(name, address, bytes, ONNX element type, shape)`. It is
                 memory of this pool's device, and must stay as it is until every session made from the options is gone.
+            cuda_graph: say so where the sessions will have the provider option `enable_cuda_graph`. It switches
+                their memory patterns off (`options.enable_mem_pattern`). Without it the run that captures fails:
+                ONNX Runtime says that the capture broke, and the pool says why on stderr.
 
         Returns:
             The owner of ONNX Runtime's values over the weights.
@@ -244,7 +249,7 @@ class Pool:
                 options away.
         """
         self._open().stats()
-        return attach(options, initializers, self._device)
+        return attach(options, initializers, self._device, cuda_graph=cuda_graph)
 
     def torch_allocator(self) -> Any:
         """Return PyTorch's `CUDAPluggableAllocator` over this process's pools, for a `torch.cuda.MemPool`.

@@ -51,6 +51,11 @@ class DeviceFullError : public DriverError {
   using DriverError::DriverError;
 };
 
+// A call ended the captures of CUDA graphs that are in progress.
+class CaptureBroken : public DriverError {
+  using DriverError::DriverError;
+};
+
 // Told of every chunk that is mapped and every range that is unmapped.
 class MapObserver {
  public:

@@ -5,10 +5,22 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def gpu() -> dict[str, Any]:
+    """Describe the first GPU and its driver; empty where there is none."""
+    from glake_infer.allocators import _native
+
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists() or _native.cuda_device_count() == 0:
+        return {}
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", driver.read_text())
+    return {"gpu": _native.cuda_device_name(0), "driver": found[0] if found else ""}
 
 
 def machine() -> dict[str, Any]:
@@ -23,6 +35,7 @@ def machine() -> dict[str, Any]:
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
+        **gpu(),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**30),
@@ -33,7 +46,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("glake-infer", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy"):
+    for name in ("glake-infer", "onnxruntime", "onnxruntime-gpu", "torch", "rmm-cu13", "onnx", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

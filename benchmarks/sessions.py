@@ -2,6 +2,8 @@
 
     python -m benchmarks.sessions --device cuda:0 [--rounds 60] [--out FILE]
 
+Then the throughput of four threads with a session each, five turns of two seconds a side.
+
 Each side runs in a process of its own; the two take turns run by run, so that both see the same clocks. TF32 is off
 and cuDNN's algorithms are the default ones. Five models; real ones where they are in the tests' cache.
 """
@@ -13,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,7 @@ def child(side: str, device: str) -> None:
     ort = import_onnxruntime()
     pool = Pool(device) if side == "ours" else None
     session: Any = None
+    many: list[Any] = []
     answers = sys.stdout.buffer
     while True:
         try:
@@ -76,14 +80,12 @@ def child(side: str, device: str) -> None:
             return
         answer: Any = None
         if command == "load":
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            if pool is not None:
-                pool.attach(options)
-            settings = {"device_id": str(index), "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
-            providers = [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
-            session = ort.InferenceSession(arguments[0], options, providers=providers)
+            session = make(ort, arguments[0], index, pool)
             answer = session.get_providers()
+        elif command == "load many":
+            many = [(make(ort, path, index, pool), feeds) for path, feeds in arguments[0]]
+        elif command == "run many":
+            answer = run_many(many, arguments[0])
         elif command == "run":
             start = time.perf_counter()
             outputs = session.run(None, arguments[0])
@@ -95,10 +97,40 @@ def child(side: str, device: str) -> None:
             assert error == 0, error
         elif command == "unload":
             session = None
+            many.clear()
             if pool is not None:
                 pool.trim()
         pickle.dump(answer, answers)
         answers.flush()
+
+
+def make(ort: Any, path: str, index: int, pool: Any) -> Any:
+    """A session on CUDA, on the pool if there is one."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if pool is not None:
+        pool.attach(options)
+    settings = {"device_id": str(index), "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+    providers = [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
+    return ort.InferenceSession(path, options, providers=providers)
+
+
+def run_many(many: list[Any], seconds: float) -> int:
+    """A thread for each session, going through its feeds. Returns how many runs there were."""
+    end, counts = time.monotonic() + seconds, [0] * len(many)
+
+    def work(number: int) -> None:
+        session, feeds = many[number]
+        while time.monotonic() < end:
+            session.run(None, feeds[counts[number] % len(feeds)])
+            counts[number] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(many))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts)
 
 
 class Side:
@@ -177,8 +209,31 @@ def compare(
     }
 
 
+def throughput(names: tuple[str, ...], folder: Path, device: str, turns: int = 5) -> dict[str, Any]:
+    """Runs a second of a thread for each model, the sides in turn."""
+    from glake_infer.models import zoo
+
+    loads = []
+    for number, name in enumerate(names):
+        spec = zoo.spec(name, seed=number)
+        feeds = [zoo.feeds(spec, seed, **shape) for seed, shape in enumerate(ZOO[name])]
+        loads.append((str(zoo.write(spec, folder / f"{number}.onnx")), feeds))
+    sides = {label: Side(label, device) for label in ("ours", "plain")}
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for side in sides.values():
+        side.ask("load many", loads)
+        side.ask("run many", 1.0)
+    for turn in range(turns):
+        for label in ("ours", "plain") if turn % 2 else ("plain", "ours"):
+            rates[label].append(sides[label].ask("run many", 2.0) / 2.0)
+    for side in sides.values():
+        side.close()
+    ours, twin = statistics.median(rates["ours"]), statistics.median(rates["plain"])
+    return {"benchmark": "throughput", "models": names, "ours": ours, "twin": twin, "ratio": ours / twin}
+
+
 def main() -> None:
-    """Print (and append to --out) one line per model."""
+    """Print (and append to --out) one line per model, and two of several threads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--rounds", type=int, default=60)
@@ -188,19 +243,24 @@ def main() -> None:
     if arguments.child:
         child(arguments.child, arguments.device)
         return
+
+    def say(result: dict[str, Any]) -> None:
+        line = json.dumps(
+            {**result, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
+        )
+        print(line, flush=True)
+        if arguments.out:
+            with arguments.out.open("a") as file:
+                file.write(line + "\n")
+
     with tempfile.TemporaryDirectory() as scratch:
         for name, path, feeds in cases(Path(scratch)):
             ours, plain = Side("ours", arguments.device), Side("plain", arguments.device)
-            result = compare(name, path, feeds, ours, plain, arguments.rounds)
+            say(compare(name, path, feeds, ours, plain, arguments.rounds))
             ours.close()
             plain.close()
-            line = json.dumps(
-                {**result, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
-            )
-            print(line, flush=True)
-            if arguments.out:
-                with arguments.out.open("a") as file:
-                    file.write(line + "\n")
+        for names in (("bert-small",) * 4, ("bert-base", "bert-small", "llama-125m", "resnet18")):
+            say(throughput(names, Path(scratch), arguments.device))
 
 
 if __name__ == "__main__":

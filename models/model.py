@@ -508,6 +508,12 @@ def providers_of(pool: Pool, options: Mapping[str, Any] | None) -> list[Any]:
     return providers
 
 
+def _captures(providers: list[Any]) -> bool:
+    """Whether sessions of these providers capture a CUDA graph."""
+    options = [entry[1] for entry in providers if not isinstance(entry, str)]
+    return any(str(given.get("enable_cuda_graph", "0")).lower() not in ("0", "false") for given in options)
+
+
 def _index(device: str) -> int:
     return int(device.removeprefix("cuda:"))
 
@@ -561,7 +567,7 @@ def _build_session(
         options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
         before = pool.stats().active
         with session_errors(pool, "loading", model.name):
-            values = pool.attach(options, _injected(prepared, addresses))
+            values = pool.attach(options, _injected(prepared, addresses), cuda_graph=_captures(providers))
             try:
                 model.session = runtime.InferenceSession(
                     prepared.graph, options, providers=providers, enable_fallback=0

@@ -1,4 +1,9 @@
-"""The limit as the device sees it: limit + what one tiny plain session costs + 65 MiB per further session."""
+"""The limit as the device sees it (cuMemGetInfo).
+
+What cuBLAS, cuDNN and the context take is not the pool's. ONNX Runtime 1.31.1 makes two cuBLAS handles a session, of 64
+MiB each on Hopper: one when the session is made, one for the stream of its first run. With the provider option
+`use_ep_level_unified_stream` there is only the first.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ SESSIONS = 4
 CHILD = """
 import sys, threading, time
 device, ours, limit, count = sys.argv[1], sys.argv[2] == "ours", int(sys.argv[3]), int(sys.argv[4])
+more = {"use_ep_level_unified_stream": "1"} if sys.argv[5] == "unified" else {}
 index = int(device.partition(":")[2])
 import numpy as np
 from cuda.bindings import driver, runtime
@@ -48,7 +54,7 @@ for _ in range(count):
     options = ort.SessionOptions()
     if pool:
         pool.attach(options)
-    providers = [("CUDAExecutionProvider", {"device_id": str(index)}), "CPUExecutionProvider"]
+    providers = [("CUDAExecutionProvider", {"device_id": str(index), **more}), "CPUExecutionProvider"]
     sessions.append(ort.InferenceSession(model, options, providers=providers))
 for session in sessions:
     session.run(None, {"x": np.ones((8, 256), np.float32)})
@@ -80,20 +86,35 @@ print(least)
 """
 
 
-@pytest.mark.timeout(300)
-def test_the_limit_holds_for_the_whole_device(python, device):
+@pytest.fixture(scope="module")
+def limit():
     total = kernels.total_memory()
-    limit = 24 * GiB if total > 30 * GiB else total // 2 // GiB * GiB
+    return 24 * GiB if total > 30 * GiB else total // 2 // GiB * GiB
 
-    def used(side, count):
+
+@pytest.fixture
+def used(python, device, limit):
+    """The most that the device had in use while a process ran sessions: a function of its side and their number."""
+
+    def measure(side, count, streams="own"):
         before = kernels.free_memory()
-        process = python(CHILD, device, side, limit, count)
+        process = python(CHILD, device, side, limit, count, streams)
         out, error = process.communicate(timeout=200)
         assert process.returncode == 0, error
         return before - int(out)
 
-    plain = used("plain", 1)
-    ours = used("ours", SESSIONS)
+    return measure
+
+
+@pytest.mark.timeout(300)
+def test_the_device_holds_the_limit_and_what_as_many_plain_sessions_take(used, limit):
+    plain, ours = used("plain", SESSIONS), used("ours", SESSIONS)
     print(f"plain {plain / MiB:.0f} MiB, ours {ours / MiB:.0f} MiB with a limit of {limit / MiB:.0f} MiB")
-    assert ours <= limit + plain + (SESSIONS - 1) * 65 * MiB
-    assert ours > limit * 0.99  # the pool really filled it
+    assert limit * 0.99 < ours <= limit + plain  # the pool really filled it
+
+
+@pytest.mark.timeout(300)
+def test_with_one_stream_a_session_a_further_session_takes_65_mib(used, limit):
+    plain, ours = used("plain", 1), used("ours", SESSIONS, "unified")
+    print(f"plain {plain / MiB:.0f} MiB, ours {ours / MiB:.0f} MiB with a limit of {limit / MiB:.0f} MiB")
+    assert limit * 0.99 < ours <= limit + plain + (SESSIONS - 1) * 65 * MiB

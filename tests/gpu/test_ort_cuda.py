@@ -203,9 +203,9 @@ class TestSession:
         del session
 
     def test_every_activation_has_its_stream(self, pool):
-        # A memory pattern would be one buffer without a stream: attach() switches patterns off.
+        # Without memory patterns, which are one buffer without a stream.
         native = _native.device_pool(DEVICE)
-        session = attached(pool, two_layers(WEIGHTS))
+        session = attached(pool, two_layers(WEIGHTS), pattern=False)
         for _ in range(3):
             session.run(None, {"x": ROWS})
         native.start_recording(100_000)
