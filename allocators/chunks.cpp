@@ -36,13 +36,18 @@ void Chunks::unlist_idle(Chunk& chunk) noexcept {
   idle_bytes_ -= chunk.bytes();
 }
 
-std::vector<Chunk*> Chunks::gather(std::size_t bytes, std::size_t soft_limit) {
+std::vector<Chunk*> Chunks::gather(std::size_t bytes, Budget budget) {
   assert(bytes != 0 && bytes % granule_ == 0);
   std::vector<Chunk*> taken;
-  taken.reserve(most_gathered + bytes / largest_chunk + idle_.size());
+  const std::size_t largest =
+      std::max(granule_, std::clamp(std::bit_floor(budget.soft / most_share), common_chunk, largest_chunk));
+  taken.reserve(most_gathered + bytes / largest + static_cast<std::size_t>(std::bit_width(largest)));
   try {
+    // New memory costs no more than stitching, and leaves others what they have.
+    const std::size_t until = std::min(budget.fresh, limit_);
+    const bool all_new = until >= reserved_ && until - reserved_ >= bytes;
     std::size_t missing = bytes;
-    for (std::size_t level = idle_.size(); level-- > 0;) {
+    for (std::size_t level = all_new ? 0 : idle_.size(); level-- > 0;) {
       const std::size_t chunk_bytes = granule_ << level;
       IdleChunks& idle = idle_[level];
       while (chunk_bytes <= missing && !idle.empty() && taken.size() < most_gathered) {
@@ -50,18 +55,21 @@ std::vector<Chunk*> Chunks::gather(std::size_t bytes, std::size_t soft_limit) {
         unlist_idle(chunk);
         taken.push_back(&chunk);
         missing -= chunk_bytes;
-        if (!chunk.mappings.empty()) ++stitches_;
       }
     }
-    if (taken.size() == most_gathered) consolidate(missing);
-    if (missing != 0 && reserved_ + missing > soft_limit) give_back(reserved_ + missing - soft_limit, true);
+    if (taken.size() == most_gathered && !budget.thrifty) consolidate(missing);
+    if (missing != 0 && budget.thrifty && reserved_ + missing > until) {
+      for (Chunk* chunk : taken) put_back(*chunk);
+      return {};
+    }
+    if (missing != 0 && reserved_ + missing > budget.soft) give_back(reserved_ + missing - budget.soft, true);
     if (missing != 0 && reserved_ + missing > limit_) give_back(reserved_ + missing - limit_, false);
     if (missing != 0 && (missing > limit_ || reserved_ > limit_ - missing)) {
       for (Chunk* chunk : taken) put_back(*chunk);
       return {};
     }
     while (missing != 0) {
-      const std::size_t chunk_bytes = std::min(std::bit_floor(missing), std::max(granule_, largest_chunk));
+      const std::size_t chunk_bytes = std::min(std::bit_floor(missing), largest);
       chunks_.emplace_back(memory_, chunk_bytes);
       Chunk& chunk = chunks_.back();
       chunk.self = std::prev(chunks_.end());
@@ -74,6 +82,7 @@ std::vector<Chunk*> Chunks::gather(std::size_t bytes, std::size_t soft_limit) {
     throw;
   }
   peak_reserved_ = std::max(peak_reserved_, reserved_);
+  for (const Chunk* chunk : taken) stitches_ += chunk->mappings.empty() ? 0 : 1;
   return taken;
 }
 
@@ -88,6 +97,7 @@ void Chunks::begin_use(Mapping& mapping) noexcept {
   unlist_idle(chunk);
   chunk.current = &mapping;
   chunk.fence = 0;  // waited for, or of the same stream: work of the arena from now on comes after it
+  chunk.lent = false;
   for (Mapping* other : chunk.mappings) {
     if (other != &mapping && other->shown) other->heap.lose(*other);
   }
@@ -100,7 +110,7 @@ void Chunks::end_use(Mapping& mapping, std::uint64_t arena) noexcept {
   Chunk& chunk = mapping.chunk;
   assert(chunk.current == &mapping && chunk.used == 0);
   chunk.current = nullptr;
-  chunk.last_arena = arena;
+  chunk.last_arena = chunk.lent ? 0 : arena;
   mapping.fence = chunk.fence;
   list_idle(chunk);
 }

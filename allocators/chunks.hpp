@@ -53,15 +53,26 @@ struct Chunk {
   Mapping* current = nullptr;    // the mapping that it is used through; null while it is idle
   std::size_t used = 0;          // bytes held by ranges of that mapping's heap
   Fence fence = 0;               // work that may still touch it; while it is in use: of what was freed in it since
-  std::uint64_t last_arena = 0;  // whose work that is (Arena::serial)
+  std::uint64_t last_arena = 0;  // whose work that is (Arena::serial); 0: of several arenas
+  bool lent = false;             // while in use: to others than the heap's own arena, too
   std::vector<Mapping*> mappings;
   Link<Chunk> idle_link;  // in the list of idle chunks of this size: longest idle first
   std::list<Chunk>::iterator self;
 };
 
+// How much memory a request may take.
+struct Budget {
+  std::size_t fresh = 0;  // below this, new chunks are preferred to idle ones
+  std::size_t soft = 0;   // above this, idle chunks that cannot serve are given back first
+  bool thrifty = true;    // nothing new above `fresh`; else up to the limit
+};
+
 class Chunks {
  public:
-  static constexpr std::size_t largest_chunk = std::size_t{16} << 20;
+  static constexpr std::size_t largest_chunk = std::size_t{64} << 20;
+  // A chunk of more than this is at most a 64th of the pool: a small range can pin all of it.
+  static constexpr std::size_t common_chunk = std::size_t{16} << 20;
+  static constexpr std::size_t most_share = 64;
   // A request is served from at most this many idle chunks: mapping costs are per chunk, and above this new, larger
   // chunks take the place of small ones.
   static constexpr std::size_t most_gathered = 256;
@@ -75,9 +86,10 @@ class Chunks {
   Chunks& operator=(const Chunks&) = delete;
 
   // Takes `bytes` (a multiple of the granule) of idle and new chunks out of the idle lists. Idle chunks that cannot
-  // serve are given back where `soft_limit` leaves no room for new ones and the device has finished with them, and in
-  // any case where the limit leaves none. Empty if the limit does not allow it. Throws DriverError, with nothing taken.
-  [[nodiscard]] std::vector<Chunk*> gather(std::size_t bytes, std::size_t soft_limit);
+  // serve are given back where the soft limit leaves no room for new ones and the device has finished with them, and
+  // in any case where the limit leaves none. Empty if the budget does not allow it. Throws DriverError, with nothing
+  // taken.
+  [[nodiscard]] std::vector<Chunk*> gather(std::size_t bytes, Budget budget);
   // Takes one out of the idle lists, and returns it.
   void withhold(Chunk& chunk) noexcept { unlist_idle(chunk); }
   void put_back(Chunk& chunk) noexcept { list_idle(chunk); }

@@ -27,6 +27,7 @@ CudaMemory::CudaMemory(int device, Options options)
   context_->check(driver_.mem_granularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
                   "asking for the granularity of memory (cuMemGetAllocationGranularity)");
   context_->check(driver_.stream_create(&private_stream_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  (void)streams_.own_stream();  // once the device is full there would be no memory for it
 }
 
 CudaMemory::~CudaMemory() {

@@ -37,17 +37,18 @@ void CUDA_CB graph_is_gone(void* pointer) {
 
 }  // namespace
 
-CudaStreams::CudaStreams(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {
-  const CurrentContext current(*context_);
-  context_->check(context_->driver.stream_create(&own_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
-}
-
 CudaStreams::~CudaStreams() {
-  if (process_.is_child()) return;
+  if (own_ == nullptr || process_.is_child()) return;
   context_->report(context_->driver.stream_destroy(own_), "destroying a stream (cuStreamDestroy)", 0);
 }
 
-StreamHandle CudaStreams::own_stream() noexcept { return reinterpret_cast<StreamHandle>(own_); }
+StreamHandle CudaStreams::own_stream() {
+  if (own_ == nullptr) {
+    const CurrentContext current(*context_);
+    context_->check(context_->driver.stream_create(&own_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  }
+  return reinterpret_cast<StreamHandle>(own_);
+}
 
 std::optional<StreamState> CudaStreams::state(StreamHandle stream) noexcept {
   if (stream == no_stream) return std::nullopt;
@@ -197,13 +198,14 @@ void CudaStreams::wait_by_freeing() {
 bool CudaStreams::freeing_waits() {
   if (freeing_waits_) return *freeing_waits_;
   const CudaDriver& driver = context_->driver;
+  const CUstream stream = to_stream(own_stream());
   std::atomic<bool> done = false;
   const auto work = [](void* flag) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     static_cast<std::atomic<bool>*>(flag)->store(true);
   };
   bool waited = false;
-  CUresult result = driver.launch_host_func(own_, work, &done);
+  CUresult result = driver.launch_host_func(stream, work, &done);
   if (result == CUDA_SUCCESS) {
     CUdeviceptr memory = 0;
     const CUresult freed = driver.mem_alloc(&memory, 1) == CUDA_SUCCESS ? driver.mem_free(memory) : CUDA_SUCCESS;
@@ -213,7 +215,7 @@ bool CudaStreams::freeing_waits() {
       waited = driver.mem_host_alloc(&pinned, 1, 0) == CUDA_SUCCESS && !done.load() &&
                driver.mem_host_free(pinned) == CUDA_SUCCESS && done.load();
     }
-    result = driver.stream_synchronize(own_);  // `done` must not go before
+    result = driver.stream_synchronize(stream);  // `done` must not go before
   }
   context_->check(result, "looking how to wait for the device (cuLaunchHostFunc)");
   freeing_waits_ = waited;

@@ -33,8 +33,7 @@ class CudaStreams final : public StreamOrder {
   // then, and whoever queues some breaks that capture. watch_graph() throws for it.
   static constexpr std::uint64_t implicit_capture = ~std::uint64_t{0};
 
-  // Makes own_stream(): once the device is full there would be no memory for it. Throws DriverError.
-  explicit CudaStreams(std::shared_ptr<const CudaContext> context);
+  explicit CudaStreams(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
   ~CudaStreams() override;
 
   // 0 and 1 are the legacy default stream, 2 the calling thread's own default stream. Undefined for the handle of a
@@ -48,7 +47,7 @@ class CudaStreams final : public StreamOrder {
   [[nodiscard]] bool finished(EventHandle event) override;
   void synchronize(EventHandle event) override;
   [[nodiscard]] bool synchronize_all() override;
-  [[nodiscard]] StreamHandle own_stream() noexcept override;
+  [[nodiscard]] StreamHandle own_stream() override;
   void watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) override;
 
  private:
@@ -64,7 +63,7 @@ class CudaStreams final : public StreamOrder {
   std::unordered_set<std::uint64_t> ours_;                                    // ids of streams of this context
   std::map<std::pair<std::uint64_t, StreamHandle>, std::uint64_t> captured_;  // (capture, stream) -> id
   std::uint64_t made_ids_ = 0;
-  CUstream own_ = nullptr;
+  CUstream own_ = nullptr;  // made at first use
 };
 
 }  // namespace glake

@@ -237,9 +237,11 @@ void Pool::flush_all() noexcept {
   for (Arena& arena : arenas_) arena.flush(slab_table_);
 }
 
-std::size_t Pool::soft_limit(std::size_t bytes) const noexcept {
+// 3 % above the most that was asked for, and 16 MiB more where that does not do.
+Budget Pool::budget(std::size_t bytes) const noexcept {
   const std::size_t demand = std::max(usage_.peak_requested, plus(usage_.requested, bytes));
-  return plus(plus(demand, demand / 33), std::size_t{16} << 20);
+  const std::size_t fresh = plus(demand, demand / 33);
+  return {fresh, plus(fresh, std::size_t{16} << 20)};
 }
 
 Range* Pool::acquire(Heap& heap, std::size_t bytes) {
@@ -252,28 +254,42 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
   heap.arena().flush(slab_table_);
   if (Range* range = heap.fit(bytes, true)) return range;
   if (bytes > chunks_.limit()) return nullptr;  // also: sizes that could not be added to anything
-  if (chunks_.idle() < heap.missing(bytes)) {
+  if (Range* range = borrow(heap, bytes)) return range;
+  Budget budget = this->budget(bytes);
+  try {
+    if (Range* range = heap.grow(bytes, budget)) return range;
     flush_all();
     if (Range* range = heap.fit(bytes, true)) return range;
-  }
-  Range* range = nullptr;
-  try {
-    range = heap.grow(bytes, soft_limit(bytes));
+    if (Range* range = borrow(heap, bytes)) return range;
+    budget.thrifty = false;
+    if (Range* range = heap.grow(bytes, budget)) return range;
+    return heap.arena().mode == Arena::Mode::stream ? nullptr : borrow(heap, bytes, true);
   } catch (const DriverError&) {
     // The device may have less room than our limit, and the system bounds how many mappings a process has: with
     // nothing idle and nothing spare it may work.
     flush_all();
     chunks_.drop_spare_mappings();
     chunks_.give_back(most, false);
-    range = heap.fit(bytes, true);
-    if (range == nullptr) range = heap.grow(bytes, most);
+    if (Range* range = heap.fit(bytes, true)) return range;
+    budget.thrifty = false;
+    return heap.grow(bytes, budget);
   }
-  if (range == nullptr) {
-    flush_all();
-    range = heap.fit(bytes, true);
-    if (range == nullptr) range = heap.grow(bytes, most);
+}
+
+// A range of another arena's heap: what the device has finished with first, then what a stream can wait for, or the
+// host if it may.
+Range* Pool::borrow(Heap& heap, std::size_t bytes, bool host_may_wait) {
+  Arena& user = heap.arena();
+  if (user.weights || user.mode == Arena::Mode::capture || &heap == &user.small) return nullptr;
+  for (const bool may_wait : {false, true}) {
+    if (may_wait && user.mode != Arena::Mode::stream && !host_may_wait) break;
+    for (Arena& lender : arenas_) {
+      if (&lender == &user || lender.weights || lender.mode == Arena::Mode::capture) continue;
+      Heap& other = &heap == &user.medium ? lender.medium : lender.large;
+      if (Range* range = other.lend(bytes, may_wait, user)) return range;
+    }
   }
-  return range;
+  return nullptr;
 }
 
 void Pool::unpin(std::size_t bytes) noexcept {
@@ -401,7 +417,7 @@ void Pool::wipe(Address address, std::size_t bytes, const Arena& arena) {
 
 void Pool::take_back(Found found, Address address, bool keep) {
   Range& range = *found.range;
-  Arena& arena = range.heap.arena();
+  Arena& arena = *range.user;
   Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.object] : nullptr;
   const std::size_t requested = object != nullptr ? object->requested : range.requested;
   const std::uint32_t holder = object != nullptr ? object->holder : range.holder;
@@ -414,7 +430,10 @@ void Pool::take_back(Found found, Address address, bool keep) {
     } else if (arena.mode == Arena::Mode::streamless) {
       fence = fences_.record();
     }
-    if (arena.mode == Arena::Mode::stream) arena.last = fences_.now();
+    if (arena.mode == Arena::Mode::stream) {
+      arena.last = fences_.now();
+      if (range.lent()) fence = arena.last;
+    }
   }
   usage_.requested -= requested;
   held_[holder] -= requested;
@@ -455,7 +474,7 @@ void Pool::deallocate(Address address, StreamHandle stream) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
   const Found found = find(address);
-  const Arena& arena = found.range->heap.arena();
+  const Arena& arena = *found.range->user;
   Arena* graph = nullptr;
   if (order_ != nullptr && (stream != no_stream || !graphs_.empty())) {
     if (const auto state = stream != no_stream ? order_->state(stream) : std::nullopt; state && state->capture != 0) {

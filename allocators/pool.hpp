@@ -253,7 +253,7 @@ class Pool final : private RangeTable, private RangeSource {
   void collect_graphs();
   void prune_arenas() noexcept;
   void flush_all() noexcept;
-  [[nodiscard]] std::size_t soft_limit(std::size_t bytes) const noexcept;
+  [[nodiscard]] Budget budget(std::size_t bytes) const noexcept;
   [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
 
   struct Found {
@@ -269,6 +269,7 @@ class Pool final : private RangeTable, private RangeSource {
   };
   [[nodiscard]] Recent& recent(Address address) noexcept { return recent_[address * 0x9E3779B97F4A7C15U >> 57]; }
   [[nodiscard]] Found find(Address address);
+  [[nodiscard]] Range* borrow(Heap& heap, std::size_t bytes, bool host_may_wait = false);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void apply_options();
   [[nodiscard]] bool debugging() const noexcept { return debugging_.load(std::memory_order_relaxed); }

@@ -273,7 +273,7 @@ void SimulatedStreams::synchronize(EventHandle event) {
   for (const auto& mark : event_marks(event)) mark->wait();
 }
 
-StreamHandle SimulatedStreams::own_stream() noexcept {
+StreamHandle SimulatedStreams::own_stream() {
   if (own_ == 0) own_ = create_stream();
   return own_;
 }

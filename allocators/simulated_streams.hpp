@@ -75,7 +75,7 @@ class SimulatedStreams final : public StreamOrder {
   [[nodiscard]] bool finished(EventHandle event) override;
   void synchronize(EventHandle event) override;
   [[nodiscard]] bool synchronize_all() override;
-  [[nodiscard]] StreamHandle own_stream() noexcept override;
+  [[nodiscard]] StreamHandle own_stream() override;
   void watch_graph(StreamHandle stream, std::shared_ptr<std::atomic<bool>> dead) override;
 
  private:

@@ -61,7 +61,7 @@ class StreamOrder {
   [[nodiscard]] virtual bool synchronize_all() = 0;
 
   // A stream of our own, that nobody else queues work on and that waits for nothing by itself.
-  [[nodiscard]] virtual StreamHandle own_stream() noexcept = 0;
+  [[nodiscard]] virtual StreamHandle own_stream() = 0;
 
   // The stream must be capturing. Sets `*dead` when the graph that is being captured and everything that was made
   // from it is gone (cuGraphRetainUserObject). The flag is kept alive until then.
