@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arena.hpp"
+#include "arithmetic.hpp"
 #include "invariants.hpp"
 
 namespace glake {
@@ -19,8 +20,6 @@ constexpr std::size_t GiB = std::size_t{1} << 30;
 constexpr std::size_t segment_bytes = 16 * GiB;
 // A heap grows by at least a 32nd of what it has mapped, up to this: many small mappings are slow.
 constexpr std::size_t most_quantum = std::size_t{2} << 20;
-
-std::size_t round_up(std::size_t bytes, std::size_t step) { return (bytes + step - 1) / step * step; }
 
 }  // namespace
 

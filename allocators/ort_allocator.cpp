@@ -8,12 +8,11 @@
 #include <exception>
 #include <limits>
 
+#include "arithmetic.hpp"
 #include "device_pool.hpp"
 
 namespace glake {
 namespace {
-
-constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
 
 // Numbers the failures of all devices.
 std::atomic<std::uint64_t> failure_number = 0;
@@ -118,7 +117,7 @@ OrtStatus* OrtDeviceAllocator::get_stats(const OrtAllocator* self, OrtKeyValuePa
     };
     // The keys and their meaning are ONNX Runtime's (OrtAllocator in its header); -1 is for no limit.
     // NumArenaExtensions is left out: the pool does not grow in steps that could be counted as such.
-    add("Limit", now.limit == most ? "-1" : decimal(now.limit));
+    add("Limit", now.limit == most_bytes ? "-1" : decimal(now.limit));
     add("InUse", decimal(now.active));
     add("TotalAllocated", decimal(now.reserved));
     add("MaxInUse", decimal(now.peak_active));
@@ -149,7 +148,7 @@ OrtStatus* OrtDeviceAllocator::shrink(OrtAllocator* self) noexcept {
 
 void* OrtDeviceAllocator::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   try {
-    const std::size_t extra = on_cuda_ || bytes == 0 || bytes > most - read_ahead ? 0 : read_ahead;
+    const std::size_t extra = on_cuda_ || bytes == 0 || bytes > most_bytes - read_ahead ? 0 : read_ahead;
     void* const address = reinterpret_cast<void*>(pool_.allocate(bytes + extra, tag, stream));
     std::size_t largest = largest_.load(std::memory_order_relaxed);
     while (bytes > largest && !largest_.compare_exchange_weak(largest, bytes, std::memory_order_relaxed)) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "arithmetic.hpp"
 #include "invariants.hpp"
 #include "labels.hpp"
 #include "python_stack.hpp"
@@ -16,18 +17,10 @@ namespace glake {
 namespace {
 
 constexpr std::size_t page = 4096;
-constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
 // CU_STREAM_PER_THREAD
 constexpr StreamHandle per_thread_stream = 2;
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
-
-// Rounds up; the largest multiple where that would overflow.
-std::size_t round_up(std::size_t bytes, std::size_t step) {
-  return bytes > most - step ? most / step * step : (bytes + step - 1) / step * step;
-}
-
-std::size_t plus(std::size_t left, std::size_t right) { return left > most - right ? most : left + right; }
 
 std::string hexadecimal(Address address) {
   constexpr const char* digits = "0123456789abcdef";
@@ -91,7 +84,7 @@ void Pool::configure(PoolOptions options) {
     if (held != 0) throw LimitTooLow(0, held);
     collect_graphs();
     flush_all();
-    chunks_.give_back(most, false);
+    chunks_.give_back(most_bytes, false);
   }
   options_ = options;
   apply_options();
@@ -269,7 +262,7 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     // nothing idle and nothing spare it may work.
     flush_all();
     chunks_.drop_spare_mappings();
-    chunks_.give_back(most, false);
+    chunks_.give_back(most_bytes, false);
     if (Range* range = heap.fit(bytes, true)) return range;
     budget.thrifty = false;
     return heap.grow(bytes, budget);
@@ -307,12 +300,20 @@ void Pool::hold(std::uint32_t holder, std::size_t bytes) {
 
 Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   if (bytes == 0) return 0;
-  // Before the lock: it takes the interpreter's.
-  std::string stack = debugging() ? capture_python_stack() : std::string();
+  if (!debugging()) [[likely]] {
+    const Operation operation(*this);
+    if (!debug_) [[likely]]
+      return allocate_now(bytes, tag, stream);
+  }
+  std::string stack = capture_python_stack();  // before the lock: it takes the interpreter's
   const Operation operation(*this);
-  if (debug_) return allocate_in_debug(bytes, tag, stream, std::move(stack));
+  return debug_ ? allocate_in_debug(bytes, tag, stream, std::move(stack)) : allocate_now(bytes, tag, stream);
+}
+
+Address Pool::allocate_now(std::size_t bytes, Tag tag, StreamHandle stream) {
   const auto holder = static_cast<std::uint32_t>(thread_label() * tag_count + static_cast<std::size_t>(tag));
-  hold(holder, 0);  // what can fail for want of ordinary memory comes first
+  if (holder >= held_.size()) [[unlikely]]
+    hold(holder, 0);  // what can fail for want of ordinary memory comes first
   Arena& arena = arena_for(tag, stream);
   Address address = 0;
   try {
@@ -326,7 +327,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
       recent(address) = {address, place.slab->range, place.slab};
     } else {
       Heap& heap = arena.heap_for(bytes);
-      if (bytes > most - page) throw_out_of_memory(bytes, nullptr, bytes, false);
+      if (bytes > most_bytes - page) throw_out_of_memory(bytes, nullptr, bytes, false);
       Range* range = acquire(heap, heap.rounded(bytes));
       if (range == nullptr) throw_out_of_memory(bytes, &heap, heap.rounded(bytes), false);
       range->requested = bytes;
@@ -352,7 +353,7 @@ Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
 Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack) {
   Address address = 0;
   try {
-    if (bytes <= most / 2) address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
+    if (bytes <= most_bytes / 2) address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
   } catch (const DeviceFullError&) {
     throw_out_of_memory(bytes, nullptr, bytes, true);
   }
@@ -362,6 +363,21 @@ Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream,
   if (recorder_) recorder_->allocated(address, bytes, static_cast<std::uint8_t>(tag), thread_label(), stream);
   usage_.peak_active = std::max(usage_.peak_active, debug_->active());
   return address;
+}
+
+void Pool::deallocate_in_debug(Address address, std::string stack) {
+  const auto finish = [&] {
+    usage_.requested = debug_->requested();
+    ++deallocations_;
+    if (recorder_) recorder_->freed(address);
+  };
+  try {
+    debug_->deallocate(address, std::move(stack));
+  } catch (const CorruptionError&) {  // it was taken back
+    finish();
+    throw;
+  }
+  finish();
 }
 
 std::vector<Corruption> Pool::check() {
@@ -453,23 +469,18 @@ void Pool::take_back(Found found, Address address, bool keep) {
 
 void Pool::deallocate(Address address, StreamHandle stream) {
   if (address == 0) return;
-  std::string stack = debugging() ? capture_python_stack() : std::string();
-  const Operation operation(*this);
-  if (debug_) {
-    const auto finish = [&] {
-      usage_.requested = debug_->requested();
-      ++deallocations_;
-      if (recorder_) recorder_->freed(address);
-    };
-    try {
-      debug_->deallocate(address, std::move(stack));
-    } catch (const CorruptionError&) {  // it was taken back
-      finish();
-      throw;
-    }
-    finish();
-    return;
+  if (!debugging()) [[likely]] {
+    const Operation operation(*this);
+    if (!debug_) [[likely]]
+      return deallocate_now(address, stream);
   }
+  std::string stack = capture_python_stack();
+  const Operation operation(*this);
+  if (debug_) return deallocate_in_debug(address, std::move(stack));
+  deallocate_now(address, stream);
+}
+
+void Pool::deallocate_now(Address address, StreamHandle stream) {
   if (!kept_.empty() && kept_.contains(address)) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
@@ -740,10 +751,10 @@ void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::siz
     record.active = debug_->active();
     record.reserved = debug_->reserved();
     record.idle = record.reserved - record.active;
-    record.needed_limit = requested <= most / 2 ? debug_->needed_limit(requested, Tag::activations) : most;
+    record.needed_limit = requested <= most_bytes / 2 ? debug_->needed_limit(requested, Tag::activations) : most_bytes;
   } else {
     record.needed_limit =
-        plus(in_use(), heap != nullptr && range_bytes <= most / 2 ? heap->needed(range_bytes) : range_bytes);
+        plus(in_use(), heap != nullptr && range_bytes <= most_bytes / 2 ? heap->needed(range_bytes) : range_bytes);
   }
   record.device_free = memory_->free_bytes();
   record.device_full = device_full;
