@@ -71,9 +71,7 @@ struct Arena {
       fences.synchronize(fence);
     }
   }
-  [[nodiscard]] bool in_use() const noexcept {
-    return small.in_use() || medium.in_use() || large.in_use() || borrowed != 0;
-  }
+  [[nodiscard]] bool in_use() const noexcept { return small.in_use() || medium.in_use() || large.in_use(); }
 
   const std::uint64_t serial;
   Mode mode;
@@ -86,7 +84,6 @@ struct Arena {
   std::uint64_t born = 0;           // mode capture: how many allocations there had been
   bool may_be_capturing = false;    // mode capture: nothing has shown yet that the capture has ended
   Fence last = 0;                   // all work on what was freed here so far, where ranges have no fence of their own
-  std::size_t borrowed = 0;         // live ranges of other arenas' heaps
   bool wiped = false;               // some of what was freed here was wiped, on another stream than ours
   std::shared_ptr<std::atomic<bool>> graph_is_gone;  // mode capture
   std::vector<Address> kept;  // mode capture: what was freed during the capture and comes from other arenas

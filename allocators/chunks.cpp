@@ -97,7 +97,6 @@ void Chunks::begin_use(Mapping& mapping) noexcept {
   unlist_idle(chunk);
   chunk.current = &mapping;
   chunk.fence = 0;  // waited for, or of the same stream: work of the arena from now on comes after it
-  chunk.lent = false;
   for (Mapping* other : chunk.mappings) {
     if (other != &mapping && other->shown) other->heap.lose(*other);
   }
@@ -110,7 +109,7 @@ void Chunks::end_use(Mapping& mapping, std::uint64_t arena) noexcept {
   Chunk& chunk = mapping.chunk;
   assert(chunk.current == &mapping && chunk.used == 0);
   chunk.current = nullptr;
-  chunk.last_arena = chunk.lent ? 0 : arena;
+  chunk.last_arena = arena;
   mapping.fence = chunk.fence;
   list_idle(chunk);
 }

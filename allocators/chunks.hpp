@@ -53,8 +53,7 @@ struct Chunk {
   Mapping* current = nullptr;    // the mapping that it is used through; null while it is idle
   std::size_t used = 0;          // bytes held by ranges of that mapping's heap
   Fence fence = 0;               // work that may still touch it; while it is in use: of what was freed in it since
-  std::uint64_t last_arena = 0;  // whose work that is (Arena::serial); 0: of several arenas
-  bool lent = false;             // while in use: to others than the heap's own arena, too
+  std::uint64_t last_arena = 0;  // whose work that is (Arena::serial)
   std::vector<Mapping*> mappings;
   Link<Chunk> idle_link;  // in the list of idle chunks of this size: longest idle first
   std::list<Chunk>::iterator self;

@@ -56,10 +56,8 @@ Range* Heap::reuse(std::size_t bytes, bool may_wait) {
   return found;
 }
 
-bool Range::lent() const noexcept { return user != &heap.arena(); }
-
-Range* Heap::fit(std::size_t bytes, bool may_wait, Arena& user) {
-  if (Range* range = recall(bytes, may_wait, user)) return range;
+Range* Heap::fit(std::size_t bytes, bool may_wait) {
+  if (Range* range = recall(bytes, may_wait)) return range;
   constexpr int most_looked_at = 8;
   auto best = free_.lower_bound({bytes, 0});
   if (best == free_.end()) {
@@ -69,16 +67,16 @@ Range* Heap::fit(std::size_t bytes, bool may_wait, Arena& user) {
   auto candidate = best;
   for (int looked_at = 0; looked_at < most_looked_at && candidate != free_.end(); ++looked_at, ++candidate) {
     const auto range = ranges_.find(candidate->second);
-    if (ready(range->second, range->first, bytes, user)) return place(range, range->first, bytes, user);
+    if (ready(range->second, range->first, bytes)) return place(range, range->first, bytes);
   }
   if (best == free_.end() || !may_wait) return nullptr;
-  return place(ranges_.find(best->second), best->second, bytes, user);
+  return place(ranges_.find(best->second), best->second, bytes);
 }
 
-// Whether a part of a free range can be used at once: on the arena's own stream, or because all work on it is done.
-bool Heap::ready(const Range& range, Address address, std::size_t bytes, const Arena& user) {
-  if (!fences_.needed() || (&user == &arena_ && user.mode == Arena::Mode::stream)) return true;
-  if (!fences_.finished(&user == &arena_ ? range.fence : std::max(range.fence, arena_.last))) return false;
+// Whether a part of a free range can be used without waiting on the host.
+bool Heap::ready(const Range& range, Address address, std::size_t bytes) {
+  if (arena_.mode == Arena::Mode::stream || !fences_.needed()) return true;
+  if (!fences_.finished(range.fence)) return false;
   if (range.held) return true;
   for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes;
        ++mapping) {
@@ -89,8 +87,8 @@ bool Heap::ready(const Range& range, Address address, std::size_t bytes, const A
 }
 
 // Cuts a range where its size was not before.
-Range* Heap::place(Ranges::iterator free, Address address, std::size_t bytes, Arena& user) {
-  Range* const range = cut(free, address, bytes, user);
+Range* Heap::place(Ranges::iterator free, Address address, std::size_t bytes) {
+  Range* const range = cut(free, address, bytes);
   if (!arena_.weights) remember(bytes, address);  // what lives long is packed as tightly as it goes
   return range;
 }
@@ -98,7 +96,7 @@ Range* Heap::place(Ranges::iterator free, Address address, std::size_t bytes, Ar
 // A free place where this size was before: of several, the one that was known first. Their order never changes: a load
 // that repeats goes through the same places again. (If the one used last came last, a size with two places that lives
 // once at a time would go back and forth between them for ever.)
-Range* Heap::recall(std::size_t bytes, bool may_wait, Arena& user) {
+Range* Heap::recall(std::size_t bytes, bool may_wait) {
   constexpr std::size_t most_tried = 32;
   const auto known = places_.find(bytes);
   if (known == places_.end()) return nullptr;
@@ -110,7 +108,7 @@ Range* Heap::recall(std::size_t bytes, bool may_wait, Arena& user) {
     if (range == ranges_.begin()) continue;
     --range;
     if (range->second.state != RangeState::free || range->second.end() < address + bytes) continue;
-    if (may_wait || ready(range->second, address, bytes, user)) return cut(range, address, bytes, user);
+    if (may_wait || ready(range->second, address, bytes)) return cut(range, address, bytes);
   }
   return nullptr;
 }
@@ -214,7 +212,7 @@ Range* Heap::grow(std::size_t bytes, Budget budget) {
     needed = round_up(bytes, granule);
   }
   const Address held = end != ranges_.end() && end->second.held ? end->first : 0;  // of a graph's heap
-  if (held != 0 && end->second.bytes >= bytes) return place(end, held, bytes, arena_);
+  if (held != 0 && end->second.bytes >= bytes) return place(end, held, bytes);
   // What the end of the segment has already must not be taken from it.
   std::vector<Chunk*> withheld;
   if (end != ranges_.end() && !end->second.held) {
@@ -267,33 +265,28 @@ Range* Heap::grow(std::size_t bytes, Budget budget) {
     if (fresh == ranges_.end() || before->second.end() != fresh->first || fresh->second.bytes < front) {
       throw std::logic_error("a heap that grew has no room at its end");  // cannot be
     }
-    order(fresh->second, fresh->first, front, arena_);
+    order(fresh->second, fresh->first, front);
     if (fresh->second.bytes > front) (void)split(fresh, fresh->first + front);
     hold(fresh->second);
-    return place(merge(fresh), held, bytes, arena_);
+    return place(merge(fresh), held, bytes);
   }
   end = tail();
   if (end == ranges_.end() || end->second.bytes < bytes) {
     throw std::logic_error("a heap that grew has no room at its end");  // cannot be
   }
-  return place(end, end->first, bytes, arena_);
+  return place(end, end->first, bytes);
 }
 
 // Makes a live range of a part of a free one.
-Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes, Arena& user) {
+Range* Heap::cut(Ranges::iterator free, Address address, std::size_t bytes) {
   assert(free->second.state == RangeState::free && free->second.address <= address &&
          free->second.end() >= address + bytes);
-  order(free->second, address, bytes, user);
+  order(free->second, address, bytes);
   if (address != free->second.address) free = split(free, address);
   if (free->second.bytes != bytes) (void)split(free, address + bytes);
   Range& range = free->second;
   table_.add(range);
   free_.erase({range.bytes, range.address});
-  range.user = &user;
-  if (range.lent()) {
-    pass_on_fences(range);
-    ++user.borrowed;
-  }
   if (!range.held) hold(range);
   range.state = RangeState::live;
   range.fence = 0;
@@ -312,31 +305,13 @@ Heap::Ranges::iterator Heap::split(Ranges::iterator free, Address at) {
   return right;
 }
 
-// Waits for what may still touch a part of a free range: on the user's stream, or on the host if it has none.
-void Heap::order(const Range& range, Address address, std::size_t bytes, Arena& user) {
-  Fence fence = range.fence;
+// Waits for what may still touch a part of a free range: on the stream, or on the host if there is none.
+void Heap::order(const Range& range, Address address, std::size_t bytes) {
+  arena_.order(range.fence);
+  if (range.held) return;
   for (auto mapping = first_mapping(address); mapping != mappings_.end() && mapping->first < address + bytes;
        ++mapping) {
-    if (mapping->second.chunk.idle()) {
-      chunks_.order(mapping->second.chunk, user);
-    } else if (&user != &arena_) {
-      fence = std::max(fence, arena_.last);  // what our own stream did there
-    }
-  }
-  user.order(fence);
-}
-
-// Another arena takes (a part of) idle chunks, and waits for the work on them. Whoever takes the rest of them, our own
-// stream too, must wait as well.
-void Heap::pass_on_fences(const Range& range) noexcept {
-  for (auto entry = first_mapping(range.address); entry != mappings_.end() && entry->first < range.end(); ++entry) {
-    const Mapping& mapping = entry->second;
-    if (!mapping.chunk.idle() || mapping.chunk.fence == 0) continue;
-    auto over = ranges_.upper_bound(mapping.address);
-    if (over != ranges_.begin()) --over;
-    for (; over != ranges_.end() && over->first < mapping.end(); ++over) {
-      if (over->second.end() > mapping.address) over->second.fence = std::max(over->second.fence, mapping.chunk.fence);
-    }
+    if (mapping->second.chunk.idle()) chunks_.order(mapping->second.chunk, arena_);
   }
 }
 
@@ -363,7 +338,6 @@ void Heap::unhold(Range& range) noexcept {
     assert(mapping.chunk.current == &mapping);
     mapping.chunk.used -= std::min(range.end(), mapping.end()) - std::max(range.address, mapping.address);
     mapping.chunk.fence = std::max(mapping.chunk.fence, fence);
-    if (range.lent()) mapping.chunk.lent = true;
     if (mapping.chunk.used == 0) chunks_.end_use(mapping, arena_.serial);
   }
   range.held = false;
@@ -371,26 +345,12 @@ void Heap::unhold(Range& range) noexcept {
 
 void Heap::release(Range& range) noexcept {
   assert(range.state == RangeState::live);
+  range.state = RangeState::cached;
   range.slab = nullptr;
   range.requested = 0;
-  --live_;
-  if (range.lent()) {
-    --range.user->borrowed;
-    set_free(range);
-    return;
-  }
-  range.state = RangeState::cached;
   bin(range.bytes).push_back(range);
+  --live_;
   ++cached_;
-}
-
-void Heap::set_free(Range& range) noexcept {
-  table_.remove(range);
-  range.state = RangeState::free;
-  if (arena_.mode != Arena::Mode::capture) unhold(range);
-  range.user = &arena_;
-  free_.emplace(range.bytes, range.address);
-  merge(ranges_.find(range.address));
 }
 
 void Heap::flush() noexcept {
@@ -398,7 +358,12 @@ void Heap::flush() noexcept {
   for (Cached& cached : cache_) {
     while (Range* range = cached.front()) {
       cached.remove(*range);
-      set_free(*range);
+      table_.remove(*range);
+      range->state = RangeState::free;
+      if (arena_.mode != Arena::Mode::capture) unhold(*range);
+      const auto self = ranges_.find(range->address);
+      free_.emplace(range->bytes, range->address);
+      merge(self);
     }
   }
   cached_ = 0;
@@ -415,7 +380,6 @@ void Heap::publish() noexcept {
 Heap::Ranges::iterator Heap::insert(Address address, std::size_t bytes, const void* segment, Fence fence) {
   const auto range = ranges_.try_emplace(address, *this, address, bytes, segment).first;
   range->second.fence = fence;
-  range->second.user = &arena_;
   free_.emplace(bytes, address);
   return range;
 }

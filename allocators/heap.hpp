@@ -37,7 +37,6 @@ enum class RangeState : std::uint8_t { free, cached, live };
 struct Range {
   Range(Heap& owner, Address start, std::size_t size, const void* in)
       : heap(owner), address(start), bytes(size), segment(in) {}
-  [[nodiscard]] bool lent() const noexcept;
   [[nodiscard]] Address end() const noexcept { return address + bytes; }
 
   Heap& heap;
@@ -46,12 +45,11 @@ struct Range {
   const void* segment;  // ranges of different segments never merge
   RangeState state = RangeState::free;
   bool held = false;          // its chunks are in use because of it: always if live or cached; if free, for a graph
-  Arena* user = nullptr;      // the heap's own arena; while it is lent, the arena whose request it serves
   Slab* slab = nullptr;       // while live: the slab that it serves, if any
   std::size_t requested = 0;  // while live and no slab: bytes as asked for
   std::uint32_t holder = 0;   // while live and no slab: who holds it
   std::uint64_t born = 0;     // while live and no slab: how many allocations there had been
-  Fence fence = 0;            // not live: work that may still touch it, where that is not just the arena's own stream's
+  Fence fence = 0;            // not live, and the arena has no stream: work that may still touch it
   Link<Range> cache_link;
 };
 
@@ -85,10 +83,7 @@ class Heap {
   // A place where that size was before, else the smallest free range that holds `bytes`, cut to that size. Null if
   // there is none. Throws DriverError. (Best fit alone leads a repeating load to ever new layouts, each of which needs
   // other mappings; where sizes go back to their places, it settles.)
-  [[nodiscard]] Range* fit(std::size_t bytes, bool may_wait) { return fit(bytes, may_wait, arena_); }
-  // The same for another arena: it borrows the range, which comes back here when it is freed. For the arena of a stream
-  // `may_wait` means its work: false for ranges that all work is done with.
-  [[nodiscard]] Range* lend(std::size_t bytes, bool may_wait, Arena& user) { return fit(bytes, may_wait, user); }
+  [[nodiscard]] Range* fit(std::size_t bytes, bool may_wait);
   // Maps what is missing at the end of a segment. Null if the budget does not allow it. Throws DriverError, with
   // nothing handed out.
   [[nodiscard]] Range* grow(std::size_t bytes, Budget budget);
@@ -97,7 +92,7 @@ class Heap {
   // The same with what is idle at the end of the segment: what the request adds to the chunks in use.
   [[nodiscard]] std::size_t needed(std::size_t bytes) const noexcept;
 
-  // Takes a live range back: it is cached, or free if it was lent.
+  // Takes a live range back: it is cached.
   void release(Range& range) noexcept;
   // Empties the cache: its ranges become free, merge, and their chunks idle where nothing else uses them.
   void flush() noexcept;
@@ -139,21 +134,18 @@ class Heap {
   [[nodiscard]] Ranges::iterator insert(Address address, std::size_t bytes, const void* segment, Fence fence);
   Ranges::iterator merge(Ranges::iterator range) noexcept;
   [[nodiscard]] bool aliased(const Range& left, const Range& right) noexcept;
-  [[nodiscard]] Range* fit(std::size_t bytes, bool may_wait, Arena& user);
-  [[nodiscard]] Range* cut(Ranges::iterator free, Address address, std::size_t bytes, Arena& user);
+  [[nodiscard]] Range* cut(Ranges::iterator free, Address address, std::size_t bytes);
   Ranges::iterator split(Ranges::iterator free, Address at);
-  [[nodiscard]] Range* recall(std::size_t bytes, bool may_wait, Arena& user);
-  [[nodiscard]] bool ready(const Range& range, Address address, std::size_t bytes, const Arena& user);
-  [[nodiscard]] Range* place(Ranges::iterator free, Address address, std::size_t bytes, Arena& user);
+  [[nodiscard]] Range* recall(std::size_t bytes, bool may_wait);
+  [[nodiscard]] bool ready(const Range& range, Address address, std::size_t bytes);
+  [[nodiscard]] Range* place(Ranges::iterator free, Address address, std::size_t bytes);
   void remember(std::size_t bytes, Address address);
   [[nodiscard]] bool show(Address start, Address end);
   void show_idle() noexcept;
   void regain(Mapping& mapping) noexcept;
   void hold(Range& range) noexcept;
   void unhold(Range& range) noexcept;
-  void order(const Range& range, Address address, std::size_t bytes, Arena& user);
-  void pass_on_fences(const Range& range) noexcept;
-  void set_free(Range& range) noexcept;
+  void order(const Range& range, Address address, std::size_t bytes);
   [[nodiscard]] Segment& segment_for(std::size_t bytes);
   [[nodiscard]] Mappings::iterator first_mapping(Address address) noexcept;
   [[nodiscard]] Ranges::iterator tail() noexcept;

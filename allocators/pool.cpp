@@ -247,16 +247,13 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
   heap.arena().flush(slab_table_);
   if (Range* range = heap.fit(bytes, true)) return range;
   if (bytes > chunks_.limit()) return nullptr;  // also: sizes that could not be added to anything
-  if (Range* range = borrow(heap, bytes)) return range;
   Budget budget = this->budget(bytes);
   try {
     if (Range* range = heap.grow(bytes, budget)) return range;
     flush_all();
     if (Range* range = heap.fit(bytes, true)) return range;
-    if (Range* range = borrow(heap, bytes)) return range;
     budget.thrifty = false;
-    if (Range* range = heap.grow(bytes, budget)) return range;
-    return heap.arena().mode == Arena::Mode::stream ? nullptr : borrow(heap, bytes, true);
+    return heap.grow(bytes, budget);
   } catch (const DriverError&) {
     // The device may have less room than our limit, and the system bounds how many mappings a process has: with
     // nothing idle and nothing spare it may work.
@@ -267,22 +264,6 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     budget.thrifty = false;
     return heap.grow(bytes, budget);
   }
-}
-
-// A range of another arena's heap: what the device has finished with first, then what a stream can wait for, or the
-// host if it may.
-Range* Pool::borrow(Heap& heap, std::size_t bytes, bool host_may_wait) {
-  Arena& user = heap.arena();
-  if (user.weights || user.mode == Arena::Mode::capture || &heap == &user.small) return nullptr;
-  for (const bool may_wait : {false, true}) {
-    if (may_wait && user.mode != Arena::Mode::stream && !host_may_wait) break;
-    for (Arena& lender : arenas_) {
-      if (&lender == &user || lender.weights || lender.mode == Arena::Mode::capture) continue;
-      Heap& other = &heap == &user.medium ? lender.medium : lender.large;
-      if (Range* range = other.lend(bytes, may_wait, user)) return range;
-    }
-  }
-  return nullptr;
 }
 
 void Pool::unpin(std::size_t bytes) noexcept {
@@ -433,7 +414,7 @@ void Pool::wipe(Address address, std::size_t bytes, const Arena& arena) {
 
 void Pool::take_back(Found found, Address address, bool keep) {
   Range& range = *found.range;
-  Arena& arena = *range.user;
+  Arena& arena = range.heap.arena();
   Slab::Object* const object = found.slab != nullptr ? &found.slab->objects[found.object] : nullptr;
   const std::size_t requested = object != nullptr ? object->requested : range.requested;
   const std::uint32_t holder = object != nullptr ? object->holder : range.holder;
@@ -446,10 +427,7 @@ void Pool::take_back(Found found, Address address, bool keep) {
     } else if (arena.mode == Arena::Mode::streamless) {
       fence = fences_.record();
     }
-    if (arena.mode == Arena::Mode::stream) {
-      arena.last = fences_.now();
-      if (range.lent()) fence = arena.last;
-    }
+    if (arena.mode == Arena::Mode::stream) arena.last = fences_.now();
   }
   usage_.requested -= requested;
   held_[holder] -= requested;
@@ -485,7 +463,7 @@ void Pool::deallocate_now(Address address, StreamHandle stream) {
     throw InvalidPointer("address " + hexadecimal(address) + " is not in use: it was freed already");
   }
   const Found found = find(address);
-  const Arena& arena = *found.range->user;
+  const Arena& arena = found.range->heap.arena();
   Arena* graph = nullptr;
   if (order_ != nullptr && (stream != no_stream || !graphs_.empty())) {
     if (const auto state = stream != no_stream ? order_->state(stream) : std::nullopt; state && state->capture != 0) {

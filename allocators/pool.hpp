@@ -269,7 +269,6 @@ class Pool final : private RangeTable, private RangeSource {
   };
   [[nodiscard]] Recent& recent(Address address) noexcept { return recent_[address * 0x9E3779B97F4A7C15U >> 57]; }
   [[nodiscard]] Found find(Address address);
-  [[nodiscard]] Range* borrow(Heap& heap, std::size_t bytes, bool host_may_wait = false);
   [[nodiscard]] Address allocate_now(std::size_t bytes, Tag tag, StreamHandle stream);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void deallocate_now(Address address, StreamHandle stream);

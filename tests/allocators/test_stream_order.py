@@ -215,7 +215,7 @@ def partly_used_chunk(m):
         m.device.enqueue_fill(one, part, MiB, 1)
     m.pool.deallocate(parts[0])
     with pytest.raises(OutOfMemoryError):
-        m.take(2 * MiB, two)  # the rest of the chunk is in use
+        m.take(MiB, two)  # the rest of the chunk is the other stream's
     m.pool.deallocate(parts[1])
     m.use(two, m.take(2 * MiB, two), 2 * MiB, 2)
 
@@ -306,85 +306,7 @@ def wipe_of_objects(m):
         m.pool.deallocate(keep)
 
 
-def lent_and_back(m):
-    """A range of one stream's heap is another's for a while; its own stream then waits for the other."""
-    one, two = m.streams(2)
-    m.pool.set_limit(4 * MiB)
-    first, second = m.take(2 * MiB, one), m.take(2 * MiB, one)
-    m.pool.deallocate(first)
-    mappings = m.pool.stats()["mappings"]
-    assert m.take(2 * MiB, two) == first
-    assert m.pool.stats()["mappings"] == mappings
-    event = m.use_late(two, first, 2 * MiB, 1)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB, one) == first
-    assert not m.device.finished(event), "the host waited"
-    m.use(one, first, 2 * MiB, 2)
-    m.pool.deallocate(second)
-
-
-def lent_while_its_own_stream_works(m):
-    one, two = m.streams(2)
-    m.pool.set_limit(4 * MiB)
-    first, second = m.take(2 * MiB, one), m.take(2 * MiB, one)
-    event = m.use_late(one, first, 2 * MiB, 1)
-    m.pool.deallocate(first)  # the chunk stays in use because of the second
-    assert m.take(2 * MiB, two) == first
-    assert not m.device.finished(event), "the host waited"
-    m.use(two, first, 2 * MiB, 2)
-    m.pool.deallocate(second)
-
-
-def lent_and_lent_again(m):
-    one, two, three = m.streams(3)
-    m.pool.set_limit(4 * MiB)
-    first, second = m.take(2 * MiB, one), m.take(2 * MiB, one)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB, two) == first
-    m.use_late(two, first, 2 * MiB, 1)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB, three) == first
-    m.use(three, first, 2 * MiB, 2)
-    m.pool.deallocate(second)
-
-
-def rest_of_what_was_lent(m):
-    """The borrower of a part waits for the work on a chunk; so does whoever takes the rest."""
-    one, two, three = m.streams(3)
-    m.pool.set_limit(4 * MiB)
-    whole = m.take(4 * MiB, one)
-    m.pool.deallocate(whole)
-    assert m.take(4 * MiB, two) == whole
-    m.use_late(two, whole, 4 * MiB, 1)
-    m.pool.deallocate(whole)
-    part = m.take(1 * MiB, three)  # of the idle chunks
-    rest = m.take(3 * MiB, one)
-    assert whole <= part < whole + 4 * MiB
-    assert whole <= rest < whole + 4 * MiB
-    m.use(one, rest, 3 * MiB, 2)
-    m.pool.deallocate(part)
-
-
-def lent_to_no_stream(m):
-    one, two = m.streams(2)
-    m.pool.set_limit(4 * MiB)
-    m.pool.deallocate(m.take(4 * MiB, one))  # one chunk: it cannot move while a part of it is in use
-    first, second = m.take(2 * MiB, one), m.take(2 * MiB, one)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB) == first
-    m.use_late(two, first, 2 * MiB, 1)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB, one) == first
-    m.use(one, first, 2 * MiB, 2)
-    m.pool.deallocate(second)
-
-
 SCENARIOS = [
-    lent_and_back,
-    lent_while_its_own_stream_works,
-    lent_and_lent_again,
-    rest_of_what_was_lent,
-    lent_to_no_stream,
     from_stream_to_stream,
     from_no_stream_to_stream,
     from_stream_to_no_stream,
@@ -471,45 +393,6 @@ def test_nothing_is_unmapped_under_queued_work(machine, way):
             m.pool.deallocate(m.take(64 * KiB, stream))
     if way in ("trim", "set_limit", "debug"):
         assert all(m.device.finished(event) for event in events)
-    m.empty()
-
-
-def test_a_stream_that_borrows_is_not_forgotten(machine):
-    m = machine(4 * MiB)
-    one, two = m.streams(2)
-    first, second = m.take(2 * MiB, one), m.take(2 * MiB, one)
-    m.pool.deallocate(first)
-    assert m.take(2 * MiB, two) == first
-    for stream in m.streams(80):  # more than the pool remembers
-        m.pool.trim()
-        with contextlib.suppress(OutOfMemoryError):
-            m.pool.deallocate(m.take(1000, stream))
-    m.use(two, first, 2 * MiB, 1)
-    m.pool.deallocate(first)
-    m.pool.deallocate(second)
-    m.empty()
-
-
-@pytest.mark.parametrize("owner", ["weights", "capture"])
-def test_weights_and_graphs_lend_nothing(machine, owner):
-    m = machine(64 * MiB)
-    one, two = m.streams(2)
-    if owner == "weights":
-        address, keep = m.take(2 * MiB, tag="weights"), m.take(2 * MiB, tag="weights")
-        m.pool.deallocate(address)
-        graph = None
-    else:
-        keep = None
-        graph, address = m.capture(one, 2 * MiB, 7)
-    m.pool.set_limit(max(4 * MiB, m.pool.stats()["reserved"] + 2 * MiB))
-    blocks = m.take_all(two, 2 * MiB) + m.take_all(two, 64 * KiB)
-    assert not [block for block in blocks if address <= block < address + 2 * MiB]
-    for block in blocks:
-        m.pool.deallocate(block)
-    if graph is None:
-        m.pool.deallocate(keep)
-    else:
-        m.device.destroy_graph(graph)
     m.empty()
 
 
