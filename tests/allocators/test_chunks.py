@@ -174,8 +174,22 @@ def test_many_small_chunks_are_not_mapped_one_by_one():
 class TestSoftLimit:
     """Reserved stays near the most that was ever asked for, with no limit in sight."""
 
+    def test_up_to_three_percent_more_is_new_and_the_rest_is_stitched(self, pool):
+        pool.deallocate(pool.allocate(64 * MiB))
+        first = pool.allocate(MiB, "weights")
+        stats = pool.stats()
+        assert (stats["reserved"], stats["stitches"]) == (65 * MiB, 0)
+        second = pool.allocate(
+            4 * MiB, "weights"
+        )  # of the idle chunks, one of which is given back for a smaller one
+        stats = pool.stats()
+        assert stats["stitches"] > 0 or stats["reserved"] <= soft_limit(64 * MiB)
+        assert stats["reserved"] <= soft_limit(64 * MiB)
+        pool.deallocate(first)
+        pool.deallocate(second)
+
     def test_chunks_that_cannot_serve_are_given_back(self, pool):
-        pool.deallocate(pool.allocate(256 * MiB))  # chunks of 32 MiB
+        pool.deallocate(pool.allocate(256 * MiB))  # large chunks
         small = [pool.allocate(50_000) for _ in range(3000)]
         stats = pool.stats()
         assert stats["peak_reserved"] <= soft_limit(256 * MiB)

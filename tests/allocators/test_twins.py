@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,21 @@ def mixed(count=400, seed=1):
 @pytest.fixture
 def path(tmp_path):
     return trace.write(tmp_path / "mixed.trace", mixed())
+
+
+RECORDED = sorted((Path(__file__).parent.parent.parent / "benchmarks" / "traces").glob("*.trace.gz"))
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda path: path.name.removesuffix(".trace.gz"))
+def test_recorded_traces_take_little_more_than_was_asked_for(recorded):
+    report = twins.replay(recorded, "glake", repeat=2)
+    assert report.peak_requested >= 1 << 30
+    assert report.peak_reserved <= 1.10 * report.peak_requested
+
+
+@pytest.mark.parametrize("recorded", [path for path in RECORDED if "cpu-encoders" in path.name])
+def test_a_load_that_repeats_makes_no_driver_calls(recorded):
+    assert twins.replay(recorded, "glake", repeat=3).last_driver_calls == 0
 
 
 @pytest.mark.parametrize("name", twins.names("cpu"))

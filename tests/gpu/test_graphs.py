@@ -198,6 +198,71 @@ def test_a_model_replays_its_graph_while_another_runs(pool, device, tmp_path):
     assert comes_back(pool)
 
 
+CAPTURING = """
+import sys
+import numpy as np, onnxruntime as ort
+from onnx import helper
+import building
+from glake_infer import Pool
+device, announced = sys.argv[1], sys.argv[2] == "announced"
+index = int(device.partition(":")[2])
+weights = [building.tensor(building.matrix(n, (256, 256)), f"w{n}") for n in range(3)]
+nodes = [helper.make_node("MatMul", [f"h{n}", f"w{n}"], [f"h{n + 1}"]) for n in range(3)]
+model = building.model(nodes, [building.floats("h0", (64, 256))], [building.floats("h3", (64, 256))], weights)
+pool = Pool(device, "1GiB")
+options = ort.SessionOptions()
+options.log_severity_level = 4
+pool.attach(options, cuda_graph=announced)
+more = {"device_id": str(index), "enable_cuda_graph": "1", "use_tf32": "0"}
+session = ort.InferenceSession(model.SerializeToString(), options,
+                               providers=[("CUDAExecutionProvider", more), "CPUExecutionProvider"])
+x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+source, target = pool.allocate(x.nbytes), pool.allocate(x.nbytes)
+binding = session.io_binding()
+binding.bind_input("h0", "cuda", index, np.float32, x.shape, source)
+binding.bind_output("h3", "cuda", index, np.float32, x.shape, target)
+from cuda.bindings import runtime
+runtime.cudaMemcpy(source, x.ctypes.data, x.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
+runtime.cudaDeviceSynchronize()
+session.run_with_iobinding(binding)  # runs, captures and replays
+others = [pool.allocate(1 << 18) for _ in range(500)]  # takes whatever the graph does not keep
+for address in others:
+    runtime.cudaMemset(address, 255, 1 << 18)
+runtime.cudaDeviceSynchronize()
+for _ in range(3):
+    session.run_with_iobinding(binding)
+runtime.cudaDeviceSynchronize()
+y = np.empty_like(x)
+runtime.cudaMemcpy(y.ctypes.data, target, y.nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+expected = x
+for n in range(3):
+    expected = expected @ building.matrix(n, (256, 256))
+print(float(abs(y - expected).max() / abs(expected).max()))
+dirty = np.empty(1 << 18, np.uint8)
+for address in others:
+    runtime.cudaMemcpy(dirty.ctypes.data, address, dirty.nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+    assert (dirty == 255).all(), "the graph wrote into somebody else's memory"
+sys.stdout.flush()
+import os
+os._exit(0)
+"""
+
+
+def test_a_session_that_captures_is_right_where_it_was_announced(python, device):
+    """With all inputs and outputs bound, and no activation that comes with a stream unless patterns are off."""
+    process = python(CAPTURING, device, "announced")
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert float(out) < 1e-5
+
+
+def test_a_capture_that_was_not_announced_fails_and_says_what_to_do(python, device):
+    process = python(CAPTURING, device, "unannounced")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "pool.attach(options, cuda_graph=True)" in error
+
+
 def replay_beside(pool, device, tmp_path):
     from glake_infer.models import zoo
 
