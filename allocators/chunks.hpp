@@ -4,7 +4,7 @@
 // at several addresses, in several heaps, and is in use through at most one of these mappings at any time. An idle
 // chunk is free to be used through any of its mappings, to be mapped anywhere else, or to be given back.
 //
-// Chunk sizes are granule * 2^k, at most 32 MiB. So gathering idle chunks from the largest down wastes nothing:
+// Chunk sizes are granule * 2^k, at most 64 MiB. So gathering idle chunks from the largest down wastes nothing:
 // whatever set of them fits, the greedy one covers as much as any. Not thread-safe: Pool locks.
 #pragma once
 

@@ -31,7 +31,7 @@
 //     1. a cached range of exactly that size: no driver call, no search
 //     2. the smallest free range that holds it, cut to size. (First everything cached in the arena becomes free.)
 //     3. the end of a segment, made longer by idle chunks (stitching) and by as many new ones as are missing. Where
-//        that would take reserved more than 4 % above the most that was ever asked for, idle chunks that cannot serve
+//        that would take reserved more than 3 % (and 16 MiB) above the most that was ever asked for, idle chunks that cannot serve
 //        are given back; where it would exceed the limit, too
 //     4. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
