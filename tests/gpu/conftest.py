@@ -16,8 +16,13 @@ sys.path.append(str(Path(__file__).parent.parent / "allocators"))
 
 @pytest.fixture(scope="session")
 def device():
-    """The name of the device under test."""
-    return os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
+    """The name of the device under test; CuPy's kernels and streams of this thread are on it."""
+    name = os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
+    if index := int(name.partition(":")[2] or 0):
+        from kernels import cupy
+
+        cupy().cuda.Device(index).use()
+    return name
 
 
 @pytest.fixture
