@@ -81,7 +81,7 @@ struct Arena {
   std::uint64_t stream_id = 0;      // StreamState::id of it
   std::uint64_t capture_id = 0;     // mode capture
   std::int64_t thread = 0;          // mode capture: the system's id of the thread that asked last
-  std::uint64_t born = 0;           // mode capture: how many allocations there had been
+  std::uint64_t last_request = 0;   // mode capture: how many allocations there had been when it asked last
   bool may_be_capturing = false;    // mode capture: nothing has shown yet that the capture has ended
   Fence last = 0;                   // all work on what was freed here so far, where ranges have no fence of their own
   bool wiped = false;               // some of what was freed here was wiped, on another stream than ours

@@ -190,6 +190,7 @@ NB_MODULE(_native, module) {
       .def("trim", &Pool::trim, "target"_a = 0, Unlocked())
       .def("set_limit", &Pool::set_limit, "limit"_a, Unlocked())
       .def("expect_captures", &Pool::expect_captures, "on"_a, Unlocked())
+      .def("captures_ended", &Pool::captures_ended, Unlocked())
       .def("stats", &stats, nb::sig("def stats(self) -> dict[str, int]"))
       .def("holders", &holders, nb::sig("def holders(self) -> list[tuple[str, str, int]]"))
       .def("reset_peaks", &Pool::reset_peaks, Unlocked())

@@ -22,6 +22,11 @@ constexpr StreamHandle per_thread_stream = 2;
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
 
+std::int64_t this_thread() noexcept {
+  static thread_local const std::int64_t id = gettid();
+  return id;
+}
+
 std::string hexadecimal(Address address) {
   constexpr const char* digits = "0123456789abcdef";
   std::string text;
@@ -122,7 +127,8 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
     for (Arena* arena : graphs_) {
       if (arena->capture_id != state->capture || arena->stream_id != state->id) continue;
       arena->stream = stream;
-      arena->thread = gettid();
+      arena->thread = this_thread();
+      arena->last_request = allocations_;
       return *arena;
     }
     prune_arenas();
@@ -138,8 +144,8 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
     arena.stream = stream;
     arena.stream_id = state->id;
     arena.capture_id = state->capture;
-    arena.thread = gettid();
-    arena.born = allocations_;
+    arena.thread = this_thread();
+    arena.last_request = allocations_;
     arena.may_be_capturing = true;
     arena.graph_is_gone = std::move(gone);
     graphs_.push_back(&arena);
@@ -163,6 +169,15 @@ void Pool::notice_end_of_capture(StreamHandle stream) noexcept {
   if (stream == per_thread_stream) return;  // another stream for every thread
   for (Arena* arena : graphs_) {
     if (arena->stream == stream) arena->may_be_capturing = false;
+  }
+  count_captures();
+}
+
+void Pool::captures_ended() {
+  const Operation operation(*this);
+  const std::int64_t thread = this_thread();
+  for (Arena* arena : graphs_) {
+    if (arena->thread == thread) arena->may_be_capturing = false;
   }
   count_captures();
 }
@@ -478,11 +493,11 @@ void Pool::deallocate_now(Address address, StreamHandle stream) {
     }
     if (graph == nullptr && arena.mode == Arena::Mode::stream) graph = capture_on(arena.stream);
     if (graph == nullptr && arena.mode == Arena::Mode::streamless && !arena.weights) {
-      // What the capturing thread took and gives back within the capture is captured work's, though it named no stream.
+      // What the capturing thread had when it captured, it may have used there, though it named no stream.
       const std::uint64_t born = found.slab != nullptr ? found.slab->objects[found.object].born : found.range->born;
-      const std::int64_t thread = graphs_.empty() ? 0 : gettid();
+      const std::int64_t thread = graphs_.empty() ? 0 : this_thread();
       for (Arena* each : graphs_) {
-        if (each->may_be_capturing && each->thread == thread && born > each->born) graph = each;
+        if (each->may_be_capturing && each->thread == thread && born < each->last_request) graph = each;
       }
     }
   }
@@ -688,8 +703,8 @@ std::vector<SegmentView> Pool::snapshot() const {
         view.bytes += range.bytes;
         const auto show = [&](Address start, std::size_t bytes, std::size_t requested, const char* state,
                               std::uint32_t holder) {
-          view.ranges.push_back(
-              {start, bytes, requested, state, static_cast<Tag>(holder % tag_count), label_name(holder / tag_count)});
+          view.ranges.push_back({start, bytes, requested, state, static_cast<Tag>(holder % tag_count),
+                                 label_name(static_cast<std::uint32_t>(holder / tag_count))});
         };
         if (range.slab != nullptr && range.state == RangeState::live) {
           const Slab& slab = *range.slab;

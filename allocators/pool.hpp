@@ -31,8 +31,8 @@
 //     1. a cached range of exactly that size: no driver call, no search
 //     2. the smallest free range that holds it, cut to size. (First everything cached in the arena becomes free.)
 //     3. the end of a segment, made longer by idle chunks (stitching) and by as many new ones as are missing. Where
-//        that would take reserved more than 3 % (and 16 MiB) above the most that was ever asked for, idle chunks that cannot serve
-//        are given back; where it would exceed the limit, too
+//        that would take reserved more than 3 % (and 16 MiB) above the most that was ever asked for, idle chunks that
+//        cannot serve are given back; where it would exceed the limit, too
 //     4. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
 // Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
@@ -215,6 +215,8 @@ class Pool final : private RangeTable, private RangeSource {
   // While this is on, another library may be capturing a CUDA graph on a stream that the pool has never seen: the
   // pool then does nothing that could break that, and waits on the host instead. Calls nest.
   void expect_captures(bool on);
+  // No stream that the calling thread asked for is being captured any more.
+  void captures_ended();
 
   // In a child of fork(): the parent's figures as they were.
   [[nodiscard]] PoolStats stats();

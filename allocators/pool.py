@@ -336,6 +336,16 @@ class Pool:
         finally:
             pool.expect_captures(False)
 
+    def captures_ended(self) -> None:
+        """Say that no stream that this thread allocated on is being captured into a CUDA graph any more.
+
+        The pool finds that out by itself when the stream is used again without a capture. A session with
+        `enable_cuda_graph` only replays from then on and asks for nothing: until the pool knows, it waits for the device
+        on the host where an event would do. Call it in the thread of the run that captured, once that has returned.
+        Models of `gi.load` do.
+        """
+        self._open().captures_ended()
+
     def trim(self, target: int | str = 0) -> int:
         """Give idle memory back to the system, until at most `target` bytes are reserved or none is idle.
 

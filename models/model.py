@@ -183,6 +183,8 @@ class Model:
                 self._spoil()
                 raise
             finally:
+                if self._captures:
+                    self.pool.captures_ended()
                 self._end()
             if begun == self._spoiled:
                 return results
@@ -317,6 +319,7 @@ class Model:
     # Filled by load.
     _make_session: Callable[[Model], None]
     _convolutions: bool = False
+    _captures: bool = False  # its sessions capture CUDA graphs
     _names: list[str]
     _known: dict[str, Value]
     _foreign: bool
@@ -508,7 +511,7 @@ def providers_of(pool: Pool, options: Mapping[str, Any] | None) -> list[Any]:
     return providers
 
 
-def _captures(providers: list[Any]) -> bool:
+def captures_graphs(providers: list[Any]) -> bool:
     """Whether sessions of these providers capture a CUDA graph."""
     options = [entry[1] for entry in providers if not isinstance(entry, str)]
     return any(str(given.get("enable_cuda_graph", "0")).lower() not in ("0", "false") for given in options)
@@ -567,7 +570,8 @@ def _build_session(
         options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
         before = pool.stats().active
         with session_errors(pool, "loading", model.name):
-            values = pool.attach(options, _injected(prepared, addresses), cuda_graph=_captures(providers))
+            model._captures = captures_graphs(providers)
+            values = pool.attach(options, _injected(prepared, addresses), cuda_graph=model._captures)
             try:
                 model.session = runtime.InferenceSession(
                     prepared.graph, options, providers=providers, enable_fallback=0

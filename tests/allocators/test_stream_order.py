@@ -662,8 +662,8 @@ def test_a_graph_keeps_what_its_thread_took_and_freed_without_a_stream(machine, 
     one, other = m.streams(2)
     m.device.wait_in_captures(True)
     m.device.begin_capture(one)
+    address = m.take(size)  # as ONNX Runtime takes the block of a memory pattern
     m.pool.deallocate(m.take(100, one))  # by this the pool knows of the capture
-    address = m.take(size)
     m.device.enqueue_fill(one, address, size, 9)
     m.device.enqueue_check(one, address, size, 9)
     m.pool.deallocate(address)
@@ -671,6 +671,39 @@ def test_a_graph_keeps_what_its_thread_took_and_freed_without_a_stream(machine, 
     m.replay_hits_nobody(graph, one, other, size)
     m.device.destroy_graph(graph)
     m.empty()
+
+
+def test_a_thread_that_captured_once_keeps_nothing_more_for_the_graph(machine):
+    """Its graph is only replayed from then on, and its stream never asks again."""
+    m = machine(64 * MiB)
+    one, other = m.streams(2)
+    m.device.wait_in_captures(True)
+    graph, _ = m.capture(one, MiB, 9)
+    kept = m.pool.stats()["active"]
+    for _ in range(20):
+        address = m.take(2 * MiB)
+        m.device.enqueue_fill(other, address, 2 * MiB, 1)
+        m.pool.deallocate(address)
+    assert m.pool.stats()["active"] == kept
+    m.device.destroy_graph(graph)
+    m.empty()
+
+
+def test_after_a_capture_that_is_said_to_be_over_events_are_used_again(machine):
+    m = machine(8 * MiB)
+    one, two, three = m.streams(3)
+    graph, _ = m.capture(one, MiB, 9)
+    m.pool.captures_ended()
+    address = m.take(4 * MiB, two)
+    event = m.use_late(two, address, 4 * MiB, 1)
+    m.pool.deallocate(address)
+    m.pool.set_limit(m.pool.stats()["reserved"])
+    address = m.take(4 * MiB, three)
+    assert not m.device.finished(event), "the host waited"
+    m.use(three, address, 4 * MiB, 2)
+    m.pool.deallocate(address)
+    m.replay_hits_nobody(graph, one, two)
+    m.device.destroy_graph(graph)
 
 
 def test_what_a_graph_leaves_is_wiped(machine):

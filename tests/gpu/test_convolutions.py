@@ -83,7 +83,7 @@ def test_a_model_answers_rightly_after_a_refused_request(expected, tmp_path, to)
             for spare in range(0, 48, 4):
                 first = model.run({"x": images(1)})["y"]
                 pool.trim()
-                pool.limit = pool.stats().active + spare * MiB
+                pool.limit = pool.stats().reserved + spare * MiB
                 try:
                     model.run({"x": images(24)}, to=to)
                 except gi.OutOfMemoryError:

@@ -209,7 +209,7 @@ index = int(device.partition(":")[2])
 weights = [building.tensor(building.matrix(n, (256, 256)), f"w{n}") for n in range(3)]
 nodes = [helper.make_node("MatMul", [f"h{n}", f"w{n}"], [f"h{n + 1}"]) for n in range(3)]
 model = building.model(nodes, [building.floats("h0", (64, 256))], [building.floats("h3", (64, 256))], weights)
-pool = Pool(device, "1GiB")
+pool = Pool(device, "64MiB")
 options = ort.SessionOptions()
 options.log_severity_level = 4
 pool.attach(options, cuda_graph=announced)
@@ -225,9 +225,18 @@ from cuda.bindings import runtime
 runtime.cudaMemcpy(source, x.ctypes.data, x.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
 runtime.cudaDeviceSynchronize()
 session.run_with_iobinding(binding)  # runs, captures and replays
-others = [pool.allocate(1 << 18) for _ in range(500)]  # takes whatever the graph does not keep
-for address in others:
-    runtime.cudaMemset(address, 255, 1 << 18)
+pool.captures_ended()
+from glake_infer.allocators import OutOfMemoryError
+others = []
+for size in (1 << 20, 1 << 16, 1 << 15):  # takes whatever the graph does not keep
+    try:
+        while True:
+            others.append((pool.allocate(size), size))
+    except OutOfMemoryError:
+        pass
+assert len(others) > 50
+for address, size in others:
+    runtime.cudaMemset(address, 255, size)
 runtime.cudaDeviceSynchronize()
 for _ in range(3):
     session.run_with_iobinding(binding)
@@ -238,9 +247,9 @@ expected = x
 for n in range(3):
     expected = expected @ building.matrix(n, (256, 256))
 print(float(abs(y - expected).max() / abs(expected).max()))
-dirty = np.empty(1 << 18, np.uint8)
-for address in others:
-    runtime.cudaMemcpy(dirty.ctypes.data, address, dirty.nbytes, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+for address, size in others:
+    dirty = np.empty(size, np.uint8)
+    runtime.cudaMemcpy(dirty.ctypes.data, address, size, runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
     assert (dirty == 255).all(), "the graph wrote into somebody else's memory"
 sys.stdout.flush()
 import os
@@ -256,11 +265,14 @@ def test_a_session_that_captures_is_right_where_it_was_announced(python, device)
     assert float(out) < 1e-5
 
 
-def test_a_capture_that_was_not_announced_fails_and_says_what_to_do(python, device):
+def test_a_capture_that_was_not_announced_is_right_or_fails_and_says_what_to_do(python, device):
+    """Right where a request with the stream tells the pool of the capture; where there is none, a free breaks it."""
     process = python(CAPTURING, device, "unannounced")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "pool.attach(options, cuda_graph=True)" in error
+    out, error = process.communicate(timeout=120)
+    if process.returncode == 0:
+        assert float(out) < 1e-5
+    else:
+        assert "pool.attach(options, cuda_graph=True)" in error
 
 
 def replay_beside(pool, device, tmp_path):
