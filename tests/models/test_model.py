@@ -18,7 +18,7 @@ import pytest
 import glake_infer as gi
 from glake_infer import maintenance
 from glake_infer.models import zoo
-from glake_infer.models.model import has_convolutions
+from glake_infer.models.model import captures_graphs, has_convolutions
 from glake_infer.process_memory import measure, release_unused_heap
 
 FAMILY = [("a", 2), ("b", 17), ("c", 100), ("d", 5)]
@@ -562,3 +562,13 @@ def test_many_derived_objects_damaged_behind_their_seals_are_made_again(tmp_path
     with gi.load(tmp_path / "a.glake", pool, store=store) as model:
         for name, array in model.run(feeds_of()).items():
             np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "captures"),
+    [({}, False), ({"enable_cuda_graph": 1}, True), ({"enable_cuda_graph": "1"}, True),
+     ({"enable_cuda_graph": True}, True), ({"enable_cuda_graph": "0"}, False), ({"enable_cuda_graph": False}, False)],
+)  # fmt: skip
+def test_who_captures_cuda_graphs_is_seen_by_the_providers(options, captures):
+    providers = [("CUDAExecutionProvider", {"device_id": 0, **options}), "CPUExecutionProvider"]
+    assert captures_graphs(providers) is captures
