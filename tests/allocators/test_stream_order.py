@@ -862,5 +862,5 @@ def test_the_stress_finds_a_pool_that_does_not_wait(python, tmp_path, monkeypatc
     out, error = child.communicate(timeout=120)
     if child.returncode == 0:
         assert int(out.split()[-1]) > 0, out
-    else:
+    elif "AddressSanitizer:DEADLYSIGNAL" not in error:
         assert -child.returncode in (signal.SIGSEGV, signal.SIGBUS), error
