@@ -77,6 +77,10 @@ std::vector<Chunk*> Chunks::gather(std::size_t bytes, Budget budget) {
       reserved_ += chunk_bytes;
       missing -= chunk_bytes;
     }
+  } catch (const DeviceFullError&) {
+    for (Chunk* chunk : taken) put_back(*chunk);
+    if (budget.fresh == 0) throw;
+    return gather(bytes, {0, budget.soft, budget.thrifty});  // what is idle may do
   } catch (...) {
     for (Chunk* chunk : taken) put_back(*chunk);
     throw;

@@ -89,6 +89,12 @@ class Chunks {
   // in any case where the limit leaves none. Empty if the budget does not allow it. Throws DriverError, with nothing
   // taken.
   [[nodiscard]] std::vector<Chunk*> gather(std::size_t bytes, Budget budget);
+  template <class Action>
+  void each_idle(Action&& action) {
+    for (const IdleChunks& idle : idle_) {
+      for (Chunk* chunk = idle.front(); chunk != nullptr; chunk = IdleChunks::next(*chunk)) action(*chunk);
+    }
+  }
   // Takes one out of the idle lists, and returns it.
   void withhold(Chunk& chunk) noexcept { unlist_idle(chunk); }
   void put_back(Chunk& chunk) noexcept { list_idle(chunk); }

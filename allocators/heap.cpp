@@ -134,11 +134,12 @@ bool Heap::show(Address start, Address end) {
 
 // Shows every place of every idle chunk.
 void Heap::show_idle() noexcept {
-  for (Mapping* mapping = hidden_.front(); mapping != nullptr;) {
-    Mapping* const next = Hidden::next(*mapping);
-    if (mapping->chunk.idle()) regain(*mapping);
-    mapping = next;
-  }
+  if (hidden_.empty()) return;  // (most of what is hidden is of chunks in use: those are not looked at)
+  chunks_.each_idle([this](Chunk& chunk) {
+    for (Mapping* mapping : chunk.mappings) {
+      if (&mapping->heap == this && !mapping->shown) regain(*mapping);
+    }
+  });
 }
 
 void Heap::remember(std::size_t bytes, Address address) {
@@ -160,20 +161,22 @@ void Heap::remember(std::size_t bytes, Address address) {
 
 std::size_t Heap::missing(std::size_t bytes) const noexcept {
   const auto end = const_cast<Heap*>(this)->tail();
-  const std::size_t have = end == ranges_.end() ? 0 : std::min(end->second.bytes, bytes);
-  return round_up(bytes - have, chunks_.granule());
+  if (end == ranges_.end()) return round_up(bytes, chunks_.granule());
+  const std::size_t rest = round_up(bytes - std::min(end->second.bytes, bytes), chunks_.granule());
+  return rest <= segments_.back().room() ? rest : round_up(bytes, chunks_.granule());  // in a segment of its own
 }
 
 std::size_t Heap::needed(std::size_t bytes) const noexcept {
   auto* const self = const_cast<Heap*>(this);
   self->show_idle();
+  const std::size_t rest = missing(bytes);
   std::size_t idle = 0;
-  if (const auto end = self->tail(); end != ranges_.end()) {
+  if (const auto end = self->tail(); end != ranges_.end() && rest <= segments_.back().room()) {
     for (auto mapping = self->first_mapping(end->second.address); mapping != mappings_.end(); ++mapping) {
       if (mapping->second.chunk.idle()) idle += mapping->second.bytes();
     }
   }
-  return idle + missing(bytes);
+  return idle + rest;
 }
 
 // The free range at the end of what is mapped, which growing makes longer.

@@ -129,6 +129,10 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
       arena->stream = stream;
       arena->thread = this_thread();
       arena->last_request = allocations_;
+      if (!arena->may_be_capturing) {  // somebody said that it was over
+        arena->may_be_capturing = true;
+        count_captures();
+      }
       return *arena;
     }
     prune_arenas();
@@ -199,23 +203,31 @@ void Pool::collect_graphs() {
   for (std::size_t i = graphs_.size(); i-- > 0;) {
     Arena& arena = *graphs_[i];
     if (!arena.graph_is_gone->load(std::memory_order_acquire)) continue;
-    graphs_.erase(graphs_.begin() + static_cast<std::ptrdiff_t>(i));
+    arena.may_be_capturing = false;
+    count_captures();
     arena.flush(slab_table_);
     arena.mode = Arena::Mode::streamless;
-    if (options_.wipe) {
-      arena.each_heap([&](const Heap& heap) {
-        for (const auto& [address, range] : heap.ranges()) {
-          if (range.state == RangeState::free && range.held) wipe(address, range.bytes, arena);
-        }
-      });
+    try {
+      if (options_.wipe) {
+        arena.each_heap([&](const Heap& heap) {
+          for (const auto& [address, range] : heap.ranges()) {
+            if (range.state == RangeState::free && range.held) wipe(address, range.bytes, arena);
+          }
+        });
+      }
+      while (!arena.kept.empty()) {
+        const Address address = arena.kept.back();
+        take_back(find(address), address, false);
+        arena.kept.pop_back();
+        kept_.erase(address);
+      }
+    } catch (const DriverError&) {  // another capture forbids to wait for the device: next time
+      arena.mode = Arena::Mode::capture;
+      continue;
     }
     arena.last = fences_.now();
     arena.each_heap([](Heap& heap) { heap.publish(); });
-    count_captures();
-    for (const Address address : std::exchange(arena.kept, {})) {
-      kept_.erase(address);
-      take_back(find(address), address, false);
-    }
+    graphs_.erase(graphs_.begin() + static_cast<std::ptrdiff_t>(i));
   }
 }
 
@@ -516,6 +528,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
   if (debug_ ? !debug_->pin(pages) : !chunks_.pin(pages)) {
+    collect_graphs();
     flush_all();
     if (debug_ || !chunks_.pin(pages)) throw_out_of_memory(bytes, nullptr, pages, false);
   }

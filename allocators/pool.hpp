@@ -32,9 +32,9 @@
 //     2. a place where that size was before, else the smallest free range that holds it, cut to size: in a heap that is
 //        not stitched of what is free already, then of everything that was cached in the arena
 //     3. the end of a segment, made longer by new chunks while reserved stays within 3 % of the most that was ever
-//        asked for, else by idle ones (stitching) and by as many new ones as are missing. Where that would take reserved
-//        more than 3 % and 16 MiB above that demand, idle chunks that cannot serve are given back; where it would exceed
-//        the limit, too
+//        asked for, else by idle ones (stitching) and by as many new ones as are missing. Where that would take
+//        reserved more than 3 % and 16 MiB above that demand, idle chunks that cannot serve are given back; where it
+//        would exceed the limit, too
 //     4. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
 // Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
