@@ -263,6 +263,20 @@ class TestPeaks:
         assert stats["peak_reserved"] == stats["reserved"] >= 13 * MiB
 
 
+def test_the_limit_that_would_do_is_named_where_a_segment_has_no_room_left():
+    pool = _native.Pool(2 * MiB)
+    small = pool.allocate(MiB)
+    with pytest.raises(OutOfMemoryError) as refused:
+        pool.allocate(16 << 30)  # more than the rest of the segment
+    needed = refused.value.needed_limit
+    pool.set_limit(needed - 64 * 1024)
+    with pytest.raises(OutOfMemoryError):
+        pool.allocate(16 << 30)
+    pool.set_limit(needed)
+    pool.deallocate(pool.allocate(16 << 30))
+    pool.deallocate(small)
+
+
 class TestFailingDriver:
     """Every call that can fail does so in turn."""
 

@@ -721,6 +721,40 @@ def test_what_a_graph_leaves_is_wiped(machine):
         m.pool.deallocate(block)
 
 
+def test_a_graph_that_cannot_be_wiped_yet_is_not_forgotten(machine):
+    """Its end comes while another stream is captured, when the device cannot be waited for."""
+    m = machine(8 * MiB, wipe=True)
+    one, two = m.streams(2)
+    before = m.take(2 * MiB, one)
+    m.device.begin_capture(one)
+    own = m.take(64 * KiB, one)
+    m.pool.deallocate(before, one)
+    graph = m.device.end_capture(one)
+    m.device.destroy_graph(graph)
+    m.device.begin_capture(two)
+    other = m.take(64 * KiB, two)
+    graph = m.device.end_capture(two)
+    m.device.destroy_graph(graph)
+    assert m.device.synchronize_all()
+    m.pool.captures_ended()
+    m.pool.deallocate(own)
+    m.pool.deallocate(other)
+    m.empty()
+
+
+def test_a_file_is_mapped_where_a_graph_that_is_gone_was(machine, tmp_path):
+    m = machine(4 * MiB)
+    (one,) = m.streams(1)
+    graph, _ = m.capture(one, 4 * MiB, 9)
+    m.device.destroy_graph(graph)
+    assert m.device.synchronize_all()
+    path = tmp_path / "weights"
+    path.write_bytes(b"w" * MiB)
+    with path.open("rb") as file:
+        m.pool.unmap_file(m.pool.map_file(file.fileno(), MiB))
+    m.empty()
+
+
 def test_wiping_leaves_a_graphs_memory_alone(machine):
     m = machine(8 * MiB, wipe=True)
     m.device.wait_in_captures(True)
