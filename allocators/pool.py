@@ -237,8 +237,8 @@ class Pool:
                 initializers of the same names: `(name, address, bytes, ONNX element type, shape)`. It is
                 memory of this pool's device, and must stay as it is until every session made from the options is gone.
             cuda_graph: say so where the sessions will have the provider option `enable_cuda_graph`. It switches
-                their memory patterns off (`options.enable_mem_pattern`). Without it the run that captures fails:
-                ONNX Runtime says that the capture broke, and the pool says why on stderr.
+                their memory patterns off (`options.enable_mem_pattern`). Without it the run that captures may
+                fail: ONNX Runtime says that the capture broke, and the pool says why on stderr.
 
         Returns:
             The owner of ONNX Runtime's values over the weights.
