@@ -38,10 +38,9 @@ struct Mapping {
   void* segment;  // of the heap
   Chunk& chunk;
   Address address;
-  Fence fence = 0;            // the last work that used the chunk through this mapping
-  bool shown = false;         // ranges of the heap cover it
-  Link<Mapping> link;         // in the list of all mappings: oldest first
-  Link<Mapping> hidden_link;  // while not shown: in the heap's list of such mappings
+  Fence fence = 0;     // the last work that used the chunk through this mapping
+  bool shown = false;  // ranges of the heap cover it
+  Link<Mapping> link;  // in the list of all mappings: oldest first
 };
 
 struct Chunk {

@@ -9,6 +9,7 @@
 #include <ctime>
 #include <iterator>
 
+#include "arithmetic.hpp"
 #include "pool.hpp"
 
 namespace glake {
@@ -16,9 +17,7 @@ namespace {
 
 constexpr std::size_t most_found = 1000;
 constexpr std::size_t most_shown = 32;
-constexpr std::size_t half = std::numeric_limits<std::size_t>::max() / 2;
-
-constexpr std::size_t round_up(std::size_t bytes, std::size_t step) { return (bytes + step - 1) / step * step; }
+constexpr std::size_t half = most_bytes / 2;
 
 std::string hexadecimal(Address address) {
   char text[24];

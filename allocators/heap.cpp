@@ -103,7 +103,7 @@ Range* Heap::recall(std::size_t bytes, bool may_wait) {
   std::deque<Address>& places = known->second;
   for (std::size_t i = 0; i < places.size() && i < most_tried; ++i) {
     const Address address = places[i];
-    if (!hidden_.empty() && !show(address, address + bytes)) continue;
+    if (hidden_ != 0 && !show(address, address + bytes)) continue;
     auto range = ranges_.upper_bound(address);
     if (range == ranges_.begin()) continue;
     --range;
@@ -134,7 +134,7 @@ bool Heap::show(Address start, Address end) {
 
 // Shows every place of every idle chunk.
 void Heap::show_idle() noexcept {
-  if (hidden_.empty()) return;  // (most of what is hidden is of chunks in use: those are not looked at)
+  if (hidden_ == 0) return;  // (most of what is hidden is of chunks in use: those are not looked at)
   chunks_.each_idle([this](Chunk& chunk) {
     for (Mapping* mapping : chunk.mappings) {
       if (&mapping->heap == this && !mapping->shown) regain(*mapping);
@@ -248,7 +248,7 @@ Range* Heap::grow(std::size_t bytes, Budget budget) {
       chunk.mappings.reserve(chunk.mappings.size() + 1);
       auto [mapping, inserted] = mappings_.try_emplace(segment.end, memory_, *this, &segment, chunk, segment.end);
       chunks_.add(mapping->second);
-      hidden_.push_back(mapping->second);
+      ++hidden_;
       ++segment.mappings;
       segment.end += chunk.bytes();
       mapped_ += chunk.bytes();
@@ -430,7 +430,7 @@ Heap::Ranges::iterator Heap::merge(Ranges::iterator range) noexcept {
 
 void Heap::lose(Mapping& mapping) noexcept {
   mapping.shown = false;
-  hidden_.push_back(mapping);
+  ++hidden_;
   // All of it is free, in one range or in several that were kept apart.
   auto found = ranges_.upper_bound(mapping.address);
   assert(found != ranges_.begin());
@@ -453,7 +453,7 @@ void Heap::lose(Mapping& mapping) noexcept {
 }
 
 void Heap::regain(Mapping& mapping) noexcept {
-  hidden_.remove(mapping);
+  --hidden_;
   mapping.shown = true;
   merge(insert(mapping.address, mapping.bytes(), mapping.segment, 0));
 }
@@ -475,7 +475,7 @@ bool Heap::clear() noexcept {
 void Heap::drop(Mapping& mapping) noexcept {
   assert(mapping.chunk.current != &mapping);
   if (mapping.shown) lose(mapping);  // free ranges may cover it
-  hidden_.remove(mapping);
+  --hidden_;
   auto* const segment = static_cast<Segment*>(mapping.segment);
   const auto self = mappings_.find(mapping.address);
   if (mapping.end() == segment->end) {  // the address space can be used again
@@ -519,6 +519,7 @@ void Heap::check_invariants() const {
 
   std::size_t visible = 0;
   std::size_t mapped = 0;
+  std::size_t hidden = 0;
   auto range = ranges_.begin();
   for (const auto& [address, mapping] : mappings_) {
     require(mapping.address == address && &mapping.heap == this, "a mapping knows its place");
@@ -541,13 +542,14 @@ void Heap::check_invariants() const {
               "no range shows a chunk twice");
     }
     require(chunk.idle() || mapping.shown == (chunk.current == &mapping), "a chunk in use shows at one place");
-    require(hidden_.contains(mapping) != mapping.shown, "a heap lists what it does not show");
+    if (!mapping.shown) ++hidden;
     require(seen == (mapping.shown ? mapping.bytes() : 0), "ranges cover exactly what is mapped and shown");
     require(held == (chunk.current == &mapping ? chunk.used : 0), "a chunk counts the bytes that are held in it");
     visible += seen;
   }
   require(visible == covered, "every byte of a range is mapped exactly once");
   require(mapped == mapped_, "mapped bytes are counted");
+  require(hidden == hidden_, "mappings that are not shown are counted");
 }
 
 }  // namespace glake

@@ -107,7 +107,7 @@ class Heap {
   void drop(Mapping& mapping) noexcept;
 
   // Some of its chunks are, or were, used at another place.
-  [[nodiscard]] bool stitched() const noexcept { return !hidden_.empty(); }
+  [[nodiscard]] bool stitched() const noexcept { return hidden_ != 0; }
   [[nodiscard]] const char* kind() const noexcept { return kind_; }
   [[nodiscard]] Arena& arena() const noexcept { return arena_; }
   [[nodiscard]] bool in_use() const noexcept { return live_ != 0; }
@@ -129,7 +129,6 @@ class Heap {
   using Ranges = std::map<Address, Range>;
   using Mappings = std::map<Address, Mapping>;
   using Cached = IntrusiveList<Range, &Range::cache_link>;
-  using Hidden = IntrusiveList<Mapping, &Mapping::hidden_link>;
 
   [[nodiscard]] Ranges::iterator insert(Address address, std::size_t bytes, const void* segment, Fence fence);
   Ranges::iterator merge(Ranges::iterator range) noexcept;
@@ -163,7 +162,7 @@ class Heap {
   std::size_t mapped_ = 0;                                       // bytes of all mappings
   std::list<Segment> segments_;                                  // the last one grows
   Mappings mappings_;                                            // by address
-  Hidden hidden_;                                                // mappings that no range covers
+  std::size_t hidden_ = 0;                                       // mappings that no range covers
   Ranges ranges_;                                                // by address: everything that is mapped and not lost
   std::set<std::pair<std::size_t, Address>> free_;               // free ranges by size
   std::array<Cached, 64> cache_;                                 // by a hash of the size

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -124,16 +123,16 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
                       " is not one of this device, or was destroyed. Pass a live stream of the pool's device.");
   }
   if (state->capture != 0) {
+    const auto note_request = [&](Arena& arena) -> Arena& {
+      arena.stream = stream;
+      arena.thread = this_thread();
+      arena.last_request = allocations_;
+      arena.may_be_capturing = true;  // even if somebody said that it was over
+      count_captures();
+      return arena;
+    };
     for (Arena* arena : graphs_) {
-      if (arena->capture_id != state->capture || arena->stream_id != state->id) continue;
-      arena->stream = stream;
-      arena->thread = this_thread();
-      arena->last_request = allocations_;
-      if (!arena->may_be_capturing) {  // somebody said that it was over
-        arena->may_be_capturing = true;
-        count_captures();
-      }
-      return *arena;
+      if (arena->capture_id == state->capture && arena->stream_id == state->id) return note_request(*arena);
     }
     prune_arenas();
     auto gone = std::make_shared<std::atomic<bool>>(false);
@@ -145,16 +144,11 @@ Arena& Pool::arena_for(Tag tag, StreamHandle stream) {
       arenas_.pop_back();
       throw;
     }
-    arena.stream = stream;
     arena.stream_id = state->id;
     arena.capture_id = state->capture;
-    arena.thread = this_thread();
-    arena.last_request = allocations_;
-    arena.may_be_capturing = true;
     arena.graph_is_gone = std::move(gone);
     graphs_.push_back(&arena);
-    count_captures();
-    return arena;
+    return note_request(arena);
   }
   if (!graphs_.empty()) notice_end_of_capture(stream);
   auto found = by_stream_.find(state->id);
