@@ -704,12 +704,15 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         del trace
         if kind is None or error is None:
             return
-        if kind is not RuntimeError and not kind.__module__.startswith("onnxruntime"):
-            return  # a run with an IOBinding raises a plain RuntimeError
+        # An IOBinding raises plain RuntimeErrors, and a MemoryError where it copies an input to the device.
+        if kind not in (RuntimeError, MemoryError) and not kind.__module__.startswith("onnxruntime"):
+            return
         error.__traceback__ = None
         text = str(error).strip()
         if refusal := self._pool.explain(error):
             raise refusal from error
+        if kind is MemoryError:
+            return  # the host's memory
         wrong_feeds = self._what[0] == "running" and (
             kind.__name__ == "InvalidArgument" or any(hint in text for hint in _WRONG_FEEDS)
         )

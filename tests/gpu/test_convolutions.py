@@ -16,8 +16,7 @@ import glake_infer as gi
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
-INDEX = int(DEVICE.partition(":")[2] or 0)
+INDEX = int(os.environ.get("GLAKE_TEST_DEVICE", "cuda:0").partition(":")[2] or 0)
 EXACT = {"device_id": str(INDEX), "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 MiB = 1 << 20
 
@@ -56,6 +55,7 @@ def expected():
     return plain().run(None, {"x": images(24)})[0]
 
 
+@pytest.mark.skipif("GLAKE_SANITIZER" in os.environ, reason="no code of ours runs, and the sanitizer shifts the limits")
 def test_onnx_runtimes_own_arena_shows_that_it_is_not_the_pool(expected):
     """Once this fails, ONNX Runtime has mended it, and Model._spoil can go."""
     wrong = []
@@ -72,26 +72,25 @@ def test_onnx_runtimes_own_arena_shows_that_it_is_not_the_pool(expected):
 
 
 @pytest.mark.parametrize("to", ["host", "device"])
-def test_a_model_answers_rightly_after_a_refused_request(expected, tmp_path, to):
+def test_a_model_answers_rightly_after_a_refused_request(pool, expected, tmp_path, to):
     store = gi.Store(tmp_path / "store")
     building.save(convolution(), tmp_path / "m.onnx")
     gi.convert(tmp_path / "m.onnx", tmp_path / "m.glake", store=store)
     exact = {name: value for name, value in EXACT.items() if name != "device_id"}
-    with gi.Pool(DEVICE, "1GiB") as pool:
-        with gi.load(tmp_path / "m.glake", pool, store=store, provider_options=exact) as model:
-            refused = 0
-            for spare in range(0, 48, 4):
-                first = model.run({"x": images(1)})["y"]
-                pool.trim()
-                pool.limit = pool.stats().reserved + spare * MiB
-                try:
-                    model.run({"x": images(24)}, to=to)
-                except gi.OutOfMemoryError:
-                    refused += 1
-                pool.limit = "1GiB"
-                np.testing.assert_array_equal(model.run({"x": images(24)})["y"], expected)
-                np.testing.assert_array_equal(model.run({"x": images(1)})["y"], first)
-            assert refused > 5
-        gc.collect()
-        kernels.synchronize()
-        assert pool.stats().active == 0
+    with gi.load(tmp_path / "m.glake", pool, store=store, provider_options=exact) as model:
+        refused = 0
+        for spare in range(0, 48, 4):
+            first = model.run({"x": images(1)})["y"]
+            pool.trim()
+            pool.limit = pool.stats().reserved + spare * MiB
+            try:
+                model.run({"x": images(24)}, to=to)
+            except gi.OutOfMemoryError:
+                refused += 1
+            pool.limit = "1GiB"
+            np.testing.assert_array_equal(model.run({"x": images(24)})["y"], expected)
+            np.testing.assert_array_equal(model.run({"x": images(1)})["y"], first)
+        assert refused > 5
+    gc.collect()
+    kernels.synchronize()
+    assert pool.stats().active == 0

@@ -256,7 +256,8 @@ def test_an_event_outlives_its_stream(gpu, streams):
     gpu.spin(stream, 100)
     streams.record(event, int(stream))
     call(driver.cuStreamDestroy, stream)
-    assert not streams.finished(event)
+    # compute-sanitizer's cuStreamDestroy may wait for the kernel.
+    assert not streams.finished(event) or "GLAKE_SANITIZER" in os.environ
     streams.synchronize(event)
     assert streams.finished(event)
     streams.destroy_event(event)

@@ -17,8 +17,9 @@ import pytest
 
 import glake_infer as gi
 from glake_infer import maintenance
+from glake_infer.allocators import _native
 from glake_infer.models import zoo
-from glake_infer.models.model import captures_graphs, has_convolutions
+from glake_infer.models.model import captures_graphs, has_convolutions, session_errors
 from glake_infer.process_memory import measure, release_unused_heap
 
 FAMILY = [("a", 2), ("b", 17), ("c", 100), ("d", 5)]
@@ -263,6 +264,19 @@ def test_a_limit_too_small_for_a_run_leaves_the_model_usable(workshop):
             for name, array in model.run(feeds_of()).items():
                 np.testing.assert_array_equal(array, expected[name])
         pool.trim()
+
+
+def test_a_refusal_while_inputs_are_bound_is_the_pools_error(pool):
+    """An IOBinding raises MemoryError where it copies an input to the device."""
+    with pytest.raises(MemoryError) as refused:
+        _native.ort_allocate(1 << 50)
+    with pytest.raises(gi.OutOfMemoryError) as caught:
+        with session_errors(pool, "running", "m"):
+            raise refused.value
+    assert caught.value.requested == 1 << 50
+    with pytest.raises(MemoryError, match="the host's"):
+        with session_errors(pool, "running", "m"):
+            raise MemoryError("the host's")
 
 
 def test_a_session_that_a_refusal_left_in_disorder_is_made_anew(workshop, monkeypatch):
