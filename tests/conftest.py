@@ -29,7 +29,8 @@ def python():
     started = []
 
     def start(code, *arguments, **options):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        folders = [str(Path(__file__).parent), *filter(None, sys.path)]  # not "": this checkout is no package
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
         options = {
             "stdout": subprocess.PIPE,

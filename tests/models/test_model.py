@@ -270,13 +270,11 @@ def test_a_refusal_while_inputs_are_bound_is_the_pools_error(pool):
     """An IOBinding raises MemoryError where it copies an input to the device."""
     with pytest.raises(MemoryError) as refused:
         _native.ort_allocate(1 << 50)
-    with pytest.raises(gi.OutOfMemoryError) as caught:
-        with session_errors(pool, "running", "m"):
-            raise refused.value
+    with pytest.raises(gi.OutOfMemoryError) as caught, session_errors(pool, "running", "m"):
+        raise refused.value
     assert caught.value.requested == 1 << 50
-    with pytest.raises(MemoryError, match="the host's"):
-        with session_errors(pool, "running", "m"):
-            raise MemoryError("the host's")
+    with pytest.raises(MemoryError, match="the host's"), session_errors(pool, "running", "m"):
+        raise MemoryError("the host's")
 
 
 def test_a_session_that_a_refusal_left_in_disorder_is_made_anew(workshop, monkeypatch):
