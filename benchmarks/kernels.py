@@ -7,15 +7,12 @@ The pool's blocks are made of the pieces of many freed ones, so that they are re
 """
 
 import argparse
-import json
 import random
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from benchmarks.record import machine, versions
+from benchmarks.record import record
 from glake_infer import Pool
 
 MiB = 2**20
@@ -65,13 +62,12 @@ def paired(run: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print (and append to --out) one line per kernel."""
+    """Record one line per kernel."""
     import cupy
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     index = int(arguments.device.partition(":")[2] or 0)
     cupy.cuda.Device(index).use()
@@ -106,7 +102,8 @@ def main() -> None:
         for address in places["twin"]:
             runtime.free(address)
     for name, result in results.items():
-        line = json.dumps(
+        record(
+            "kernels-cuda",
             {
                 "benchmark": "kernels",
                 "kernel": name,
@@ -114,15 +111,8 @@ def main() -> None:
                 "chunks": stats.chunks,
                 "same_result": equal,
                 **result,
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": machine(),
-                "versions": versions(),
-            }
+            },
         )
-        print(line, flush=True)
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
 
 
 if __name__ == "__main__":

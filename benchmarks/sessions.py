@@ -9,7 +9,6 @@ and cuDNN's algorithms are the default ones. Five models; real ones where they a
 """
 
 import argparse
-import json
 import pickle
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.record import machine, versions
+from benchmarks.record import record
 from tests import real_models
 
 # Zoo models with (batch, length) of their feeds; and real ones by name.
@@ -233,34 +232,24 @@ def throughput(names: tuple[str, ...], folder: Path, device: str, turns: int = 5
 
 
 def main() -> None:
-    """Print (and append to --out) one line per model, and two of several threads."""
+    """Record one line per model, and two of several threads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--child")
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments.child, arguments.device)
         return
 
-    def say(result: dict[str, Any]) -> None:
-        line = json.dumps(
-            {**result, "date": time.strftime("%Y-%m-%d"), "machine": machine(), "versions": versions()}
-        )
-        print(line, flush=True)
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
-
     with tempfile.TemporaryDirectory() as scratch:
         for name, path, feeds in cases(Path(scratch)):
             ours, plain = Side("ours", arguments.device), Side("plain", arguments.device)
-            say(compare(name, path, feeds, ours, plain, arguments.rounds))
+            record("sessions-cuda", compare(name, path, feeds, ours, plain, arguments.rounds))
             ours.close()
             plain.close()
         for names in (("bert-small",) * 4, ("bert-base", "bert-small", "llama-125m", "resnet18")):
-            say(throughput(names, Path(scratch), arguments.device))
+            record("sessions-cuda", throughput(names, Path(scratch), arguments.device))
 
 
 if __name__ == "__main__":
