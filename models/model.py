@@ -704,15 +704,15 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         del trace
         if kind is None or error is None:
             return
-        # An IOBinding raises plain RuntimeErrors, and a MemoryError where it copies an input to the device.
-        if kind not in (RuntimeError, MemoryError) and not kind.__module__.startswith("onnxruntime"):
+        # A refusal is known by its number: an IOBinding that copies an input to the device raises a MemoryError with it.
+        refusal = self._pool.explain(error)
+        # A run with an IOBinding raises a plain RuntimeError.
+        if refusal is None and kind is not RuntimeError and not kind.__module__.startswith("onnxruntime"):
             return
         error.__traceback__ = None
-        text = str(error).strip()
-        if refusal := self._pool.explain(error):
+        if refusal is not None:
             raise refusal from error
-        if kind is MemoryError:
-            return  # the host's memory
+        text = str(error).strip()
         wrong_feeds = self._what[0] == "running" and (
             kind.__name__ == "InvalidArgument" or any(hint in text for hint in _WRONG_FEEDS)
         )
