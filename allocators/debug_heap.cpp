@@ -9,7 +9,6 @@
 #include <ctime>
 #include <iterator>
 
-#include "arithmetic.hpp"
 #include "pool.hpp"
 
 namespace glake {

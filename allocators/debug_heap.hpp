@@ -27,7 +27,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -37,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.hpp"
 #include "virtual_memory.hpp"
 
 namespace glake {
@@ -46,7 +46,7 @@ enum class Tag : std::uint8_t;
 struct DebugOptions {
   bool guard_all = false;  // every allocation is large, however small
   bool wipe = false;       // freed memory is set to zeros before it is given back or poisoned
-  std::size_t limit = std::numeric_limits<std::size_t>::max();
+  std::size_t limit = most_bytes;
   std::size_t small_limit = 0;                         // bytes from which on allocations are large; 0: by the granule
   std::size_t quarantine = 1024;                       // count of regions
   std::string (*label_name)(std::uint32_t) = nullptr;  // null: labels are shown as numbers

@@ -3,9 +3,9 @@
 #include <array>
 #include <atomic>
 #include <charconv>
-#include <limits>
 #include <mutex>
 
+#include "arithmetic.hpp"
 #include "cuda_memory.hpp"
 #include "host_memory.hpp"
 
@@ -63,7 +63,7 @@ OrtDeviceAllocator& device_allocator(const Device& device) {
   }
   const std::scoped_lock lock(making);
   if (OrtDeviceAllocator* found = slot->load(std::memory_order_acquire)) return *found;
-  auto pool = std::make_unique<Pool>(open_device(device), std::numeric_limits<std::size_t>::max());
+  auto pool = std::make_unique<Pool>(open_device(device), most_bytes);
   auto made = std::make_unique<OrtDeviceAllocator>(*pool, device);
   pool.release();  // NOLINT: for ever
   slot->store(made.get(), std::memory_order_release);
