@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import processes
 
 from glake_infer.store import Store
 
@@ -29,14 +30,12 @@ def python():
     started = []
 
     def start(code, *arguments, **options):
-        folders = [str(Path(__file__).parent), *filter(None, sys.path)]  # not "": this checkout is no package
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
         command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
         options = {
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "text": True,
-            "env": environment,
+            "env": processes.environment(),
             **options,
         }
         started.append(subprocess.Popen(command, **options))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from conformance import MiB
 from memory import file_of_bytes, smaps
@@ -411,15 +410,8 @@ class TestBadUse:
         assert import_onnxruntime() is ort
 
 
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter of its own, with the tests' helpers at hand."""
-    head = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
-    command = [sys.executable, "-c", head + textwrap.dedent(code), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_the_interpreter_exits_cleanly_with_a_live_session():
-    done = run(
+    done = processes.run(
         """
         import ctypes, onnxruntime as ort
         from glake_infer.allocators import Initializer, Pool
@@ -440,7 +432,7 @@ def test_the_interpreter_exits_cleanly_with_a_live_session():
 
 
 def test_a_child_of_fork_gets_an_error_from_its_session():
-    done = run(
+    done = processes.run(
         """
         import os, onnxruntime as ort
         from glake_infer.allocators import Pool

@@ -7,13 +7,12 @@ import pickle
 import random
 import re
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
 from types import SimpleNamespace
 
-import faults
+import processes
 import pytest
 from conformance import KiB, MiB
 from memory import Physical
@@ -46,7 +45,7 @@ def dies(code: str, mode: str = "on") -> None:
         def before(): print("before", flush=True)
         """
     program = textwrap.dedent(start) + textwrap.dedent(code) + "\nprint('after')"
-    done = faults.run(program)
+    done = processes.run(program, faults=True)
     assert done.stdout == "before\n", done.stderr
     assert done.returncode == -signal.SIGSEGV, done.stderr
 
@@ -568,28 +567,18 @@ class TestStacks:
 
     def test_a_native_thread_does_not_wait_for_the_gil(self):
         """The GIL's holder may be waiting for it: here it joins a thread that frees, and never lets go."""
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                textwrap.dedent(
-                    """
-                    import ctypes, ctypes.util, sys
-                    from glake_infer.allocators import _native
-                    held = ctypes.PyDLL(None)  # keeps the GIL during its calls
-                    thread = ctypes.c_ulong()
-                    entry = ctypes.cast(_native.native_stack_entry(), ctypes.c_void_p)
-                    assert held.pthread_create(ctypes.byref(thread), None, entry, None) == 0
-                    result = ctypes.c_void_p()
-                    assert held.pthread_join(thread, ctypes.byref(result)) == 0
-                    print(ctypes.string_at(result.value).decode())
-                    """
-                ),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+        done = processes.run(
+            """
+            import ctypes, ctypes.util, sys
+            from glake_infer.allocators import _native
+            held = ctypes.PyDLL(None)  # keeps the GIL during its calls
+            thread = ctypes.c_ulong()
+            entry = ctypes.cast(_native.native_stack_entry(), ctypes.c_void_p)
+            assert held.pthread_create(ctypes.byref(thread), None, entry, None) == 0
+            result = ctypes.c_void_p()
+            assert held.pthread_join(thread, ctypes.byref(result)) == 0
+            print(ctypes.string_at(result.value).decode())
+            """
         )
         assert done.stdout == "[no Python frames: called by a native thread]\n", done.stderr
 
@@ -603,13 +592,7 @@ class TestStacks:
             capture = _native.capture_stack
             late = Late()
             """
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = processes.run(code)
         assert done.stdout == "[no Python frames: no interpreter runs]\n", done.stderr
         assert done.returncode == 0
 
@@ -621,10 +604,7 @@ def runs(code: str) -> str:
         from glake_infer import Pool
         from glake_infer.allocators import errors
         """
-    program = textwrap.dedent(start) + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = processes.run(textwrap.dedent(start) + textwrap.dedent(code))
     assert done.returncode == 0, done.stderr
     return done.stdout
 

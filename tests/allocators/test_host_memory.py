@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-import faults
+import processes
 import pytest
 from conformance import KiB, MiB, fill, holds
 from memory import Physical, file_of_bytes, memfds, smaps
@@ -138,7 +138,7 @@ class TestMapFile:
 
     def test_it_cannot_be_written(self, tmp_path):
         path = file_of_bytes(tmp_path / "weights", 4096)
-        done = faults.run(
+        done = processes.run(
             """
             import ctypes, os, sys
             from glake_infer.allocators import _native
@@ -148,6 +148,7 @@ class TestMapFile:
             ctypes.memset(address, 0, 1)
             """,
             str(path),
+            faults=True,
         )
         assert done.stdout == "mapped\n"
         assert done.returncode == -signal.SIGSEGV, done.stderr
@@ -197,7 +198,7 @@ class TestSystemLimits:
     pytestmark = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitizers need them")
 
     def test_no_descriptor_left(self):
-        done = faults.run(
+        done = processes.run(
             """
             import os, resource
             from glake_infer.allocators import _native, errors
@@ -213,7 +214,7 @@ class TestSystemLimits:
         assert "ulimit -n" in done.stdout
 
     def test_no_address_space_left(self):
-        done = faults.run(
+        done = processes.run(
             """
             import resource
             from glake_infer.allocators import _native, errors
@@ -240,7 +241,7 @@ class TestSystemLimits:
         assert "alive" in done.stdout
 
     def test_no_mapping_left(self):
-        done = faults.run(
+        done = processes.run(
             """
             from glake_infer.allocators import _native, errors
             pool = _native.Pool(1 << 40)
@@ -293,7 +294,7 @@ class TestFork:
         pool.deallocate(address)
 
     def test_a_child_that_drops_the_pool_leaves_the_memory_alone(self):
-        done = faults.run(
+        done = processes.run(
             """
             import ctypes, gc, os
             from glake_infer.allocators import _native
@@ -314,7 +315,7 @@ class TestFork:
         assert done.stdout == "whole\n", done.stderr
 
     def test_a_child_that_touches_the_memory_dies_instead_of_writing_into_the_parents(self):
-        done = faults.run(
+        done = processes.run(
             """
             import ctypes, os
             from glake_infer.allocators import _native
@@ -327,12 +328,13 @@ class TestFork:
                 os._exit(0)
             print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
             print(ctypes.string_at(address, 1 << 20) == b"\\7" * (1 << 20))
-            """
+            """,
+            faults=True,
         )
         assert done.stdout == "True\nTrue\n", done.stderr
 
     def test_a_child_can_make_a_pool_if_the_parent_had_none(self):
-        done = faults.run(
+        done = processes.run(
             """
             import os
             import glake_infer.allocators._native

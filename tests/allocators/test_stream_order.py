@@ -14,7 +14,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import faults
+import processes
 import pytest
 
 from glake_infer.allocators import OutOfMemoryError, _native
@@ -880,16 +880,14 @@ def test_wiped_memory_of_threads_is_theirs():
     m.empty()
 
 
-def test_the_stress_finds_a_pool_that_does_not_wait(python, monkeypatch):
+def test_the_stress_finds_a_pool_that_does_not_wait(python):
     code = """
         import test_stream_order
         m = test_stream_order.stress(200, seed=1, ignore_streams=True)
         m.device.synchronize_all()
         print("mismatches", m.device.mismatches)
     """
-    for name, value in faults.environment().items():
-        monkeypatch.setenv(name, value)
-    child = python(code)
+    child = python(code, env=processes.environment(faults=True))
     out, error = child.communicate(timeout=120)
     if child.returncode == 0:
         assert int(out.split()[-1]) > 0, out
