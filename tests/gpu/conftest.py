@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def pool(device):
     try:
         pool.close()
     except PoolInUseError:  # a failure of this test alone, and not of all that follow
+        if threading.active_count() > 1:
+            pytest.exit("threads of a test that failed still run; nothing after it could be believed")
         for segment in pool.snapshot().segments:
             for used in segment.ranges:
                 if used.state == "active":

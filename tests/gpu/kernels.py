@@ -6,8 +6,11 @@ Streams are `cupy.cuda.Stream` objects; `stream.ptr` is the handle that a pool t
 from __future__ import annotations
 
 import functools
+import os
 
 import numpy as np
+
+SANITIZED = "GLAKE_SANITIZER" in os.environ  # under compute-sanitizer kernels are slow, and threads more so
 
 SOURCE = r"""
 typedef unsigned long long u64;

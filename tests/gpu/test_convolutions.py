@@ -55,9 +55,7 @@ def expected():
     return plain().run(None, {"x": images(24)})[0]
 
 
-@pytest.mark.skipif(
-    "GLAKE_SANITIZER" in os.environ, reason="no code of ours runs, and the sanitizer shifts the limits"
-)
+@pytest.mark.skipif(kernels.SANITIZED, reason="no code of ours runs, and the sanitizer shifts the limits")
 def test_onnx_runtimes_own_arena_shows_that_it_is_not_the_pool(expected):
     """Once this fails, ONNX Runtime has mended it, and Model._spoil can go."""
     wrong = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import threading
 import time
@@ -332,7 +331,7 @@ def replay_beside(pool, device, tmp_path):
         thread.start()
     try:
         # compute-sanitizer runs one kernel at a time, slowly.
-        turns = 20 if "GLAKE_SANITIZER" in os.environ else 200
+        turns = 20 if kernels.SANITIZED else 200
         replays = [run_a(turn % len(feeds_a)) for turn in range(turns)]
     finally:
         stop.set()
