@@ -146,9 +146,10 @@ def test_torch_and_cupy_arrays_are_read_in_place_and_results_shared_in_place(add
 
 def test_work_that_makes_an_input_on_another_stream_is_waited_for(adder):
     """A long kernel on a stream of its own: reading early would give zeros."""
-    stream = torch.cuda.Stream(INDEX)
-    queue = cupy.cuda.ExternalStream(stream.cuda_stream, INDEX)
-    kernels.load()
+    with cupy.cuda.Device(INDEX):
+        queue = kernels.new_stream()
+        kernels.load()
+    stream = torch.cuda.ExternalStream(queue.ptr, INDEX)
     for turn in range(5):
         x = torch.zeros(4096, 512, device=f"cuda:{INDEX}")
         torch.cuda.synchronize(INDEX)
@@ -157,20 +158,17 @@ def test_work_that_makes_an_input_on_another_stream_is_waited_for(adder):
             x.fill_(turn + 1)
             got = adder.run({"x": x}, ["s"])["s"]
         assert got == pytest.approx((turn + 1) * x.numel())
-    with cupy.cuda.Device(INDEX):
-        own = cupy.cuda.Stream(non_blocking=True)
-        y, b = cupy.zeros((4096, 512), cupy.float32), cupy.random.rand(4096, 4096, dtype=cupy.float32)
-        cupy.cuda.Device(INDEX).synchronize()
-        with own:
-            for _ in range(40):
-                b @ b
-            y.fill(3)
+    with cupy.cuda.Device(INDEX), queue:
+        y = cupy.zeros((4096, 512), cupy.float32)
+        queue.synchronize()
+        kernels.spin(queue, 0.1)
+        y.fill(3)
 
-            class Interface:  # nothing but the CUDA array interface, with its stream
-                __cuda_array_interface__ = y.__cuda_array_interface__
+        class Interface:  # nothing but the CUDA array interface, with its stream
+            __cuda_array_interface__ = y.__cuda_array_interface__
 
-            assert Interface.__cuda_array_interface__["stream"] == own.ptr
-            assert adder.run({"x": Interface()}, ["s"])["s"] == pytest.approx(3 * y.size)
+        assert Interface.__cuda_array_interface__["stream"] == queue.ptr
+        assert adder.run({"x": Interface()}, ["s"])["s"] == pytest.approx(3 * y.size)
 
 
 KINDS = {

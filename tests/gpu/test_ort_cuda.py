@@ -242,6 +242,8 @@ class TestSession:
         del session
 
     def test_several_sessions_from_several_threads(self, pool):
+        # With compute-sanitizer eight threads of plain sessions take half a second a run, and starve each other.
+        workers, steps = (2, 4) if SANITIZED else (8, 60)
         counts = (1, 7, 64, 300)
         models = [two_layers(weights(seed)) for seed in range(4)]
         expected = [[plain(model, rows(count)) for count in counts] for model in models]
@@ -250,14 +252,14 @@ class TestSession:
 
         def work(seed: int) -> None:
             try:
-                for step in range(4 if SANITIZED else 60):
+                for step in range(steps):
                     which, shape = (step + seed) % 4, (step * 3 + seed) % 4
                     output = sessions[which].run(None, {"x": rows(counts[shape])})[0]
                     np.testing.assert_array_equal(output, expected[which][shape])
             except BaseException as error:
                 errors.append(error)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(workers)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -421,7 +423,7 @@ class TestAllocator:
         now, stats = api.allocator_stats(address), pool.stats()
         assert int(now["InUse"]) == stats.active >= 5 * MiB
         assert int(now["TotalAllocated"]) == stats.reserved >= 40 * MiB
-        assert int(now["Limit"]) == 2**31
+        assert int(now["Limit"]) == pool.limit
         assert int(now["MaxInUse"]) >= 45 * MiB
         assert not struct.Shrink(address)
         after = pool.stats()
