@@ -2,11 +2,10 @@
 
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 
 from glake_infer.allocators import (
@@ -99,7 +98,7 @@ def test_the_strategies_of_the_arena_differ(tmp_path):
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -2,9 +2,6 @@
 
 import gc as garbage
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 import weakref
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import processes
 import pytest
 
 import glake_infer as gi
@@ -464,9 +462,7 @@ def test_the_process_ends_cleanly_with_open_models(workshop):
         model.run(zoo.feeds(zoo.spec("bert-tiny"), 0))
         print("ran")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
+    done = processes.run(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")
 
 
