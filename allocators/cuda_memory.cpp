@@ -100,7 +100,7 @@ void CudaMemory::set_access(Address address, std::size_t bytes, CUmemAccess_flag
                   "setting the access to device memory (cuMemSetAccess)", bytes);
 }
 
-Address CudaMemory::do_map_file(int, std::size_t bytes) {
+Address CudaMemory::do_map_file(int, std::size_t bytes, Address) {
   throw DriverError("mapping " + std::to_string(bytes) + " bytes of a file on " + context_->name() +
                     " failed: files are mapped on the host only. Map it with the pool of 'cpu' and copy.");
 }

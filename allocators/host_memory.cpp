@@ -174,7 +174,7 @@ void HostMemory::do_protect(Address address, std::size_t bytes, Access access) {
   }
 }
 
-Address HostMemory::do_map_file(int descriptor, std::size_t bytes) {
+Address HostMemory::do_map_file(int descriptor, std::size_t bytes, Address address) {
   struct stat status{};
   if (fstat(descriptor, &status) != 0)
     fail("looking at file descriptor " + std::to_string(descriptor) + " (fstat)", errno);
@@ -186,7 +186,7 @@ Address HostMemory::do_map_file(int descriptor, std::size_t bytes) {
                                                : std::string("not a regular file")) +
                       ". Map a regular file that is at least as long.");
   }
-  void* start = mmap(nullptr, bytes, PROT_READ, MAP_SHARED, descriptor, 0);
+  void* start = mmap(to_pointer(address), bytes, PROT_READ, MAP_SHARED | (address != 0 ? MAP_FIXED : 0), descriptor, 0);
   if (start == MAP_FAILED)
     fail("mapping " + amount(bytes) + " of file descriptor " + std::to_string(descriptor) + " (mmap)", errno);
   return to_address(start);

@@ -42,7 +42,7 @@ class HostMemory final : public VirtualMemory {
   void do_map(Address address, ChunkHandle handle) override;
   void do_unmap(Address address, std::size_t bytes) noexcept override;
   void do_protect(Address address, std::size_t bytes, Access access) override;
-  Address do_map_file(int descriptor, std::size_t bytes) override;
+  Address do_map_file(int descriptor, std::size_t bytes, Address address) override;
   void do_unmap_file(Address address, std::size_t bytes) noexcept override;
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
   void do_read(void* target, Address source, std::size_t bytes) override;

@@ -2,10 +2,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -28,6 +31,7 @@ using glake::Pool;
 using glake::PoolOptions;
 using glake::StreamHandle;
 using glake::Tag;
+using glake::Weights;
 using Unlocked = nb::call_guard<nb::gil_scoped_release>;
 
 Tag parse_tag(const std::string& name) {
@@ -71,6 +75,7 @@ nb::dict stats(Pool& pool) {
   fields["limit"] = stats.limit;
   fields["weights"] = stats.weights;
   fields["mapped_files"] = stats.mapped_files;
+  fields["unused_weights"] = stats.unused_weights;
   fields["allocations"] = stats.allocations;
   fields["deallocations"] = stats.deallocations;
   fields["chunks"] = stats.chunks;
@@ -80,6 +85,23 @@ nb::dict stats(Pool& pool) {
   fields["arenas"] = stats.arenas;
   fields["stitches"] = stats.stitches;
   fields["driver_calls"] = stats.driver_calls;
+  return fields;
+}
+
+nb::dict user(const Pool& pool, Weights::Id id) {
+  Weights::UserView view;
+  {
+    const nb::gil_scoped_release unlocked;
+    view = pool.user(id);
+  }
+  nb::dict fields;
+  fields["bytes"] = view.bytes;
+  fields["missing"] = view.missing;
+  fields["busy"] = view.busy;
+  fields["awake"] = view.awake;
+  fields["evictable"] = view.evictable;
+  fields["priority"] = view.priority;
+  fields["idle_seconds"] = view.idle_seconds;
   return fields;
 }
 
@@ -187,6 +209,40 @@ NB_MODULE(_native, module) {
           "address"_a, "stream"_a = -1, Unlocked())
       .def("map_file", &Pool::map_file, "descriptor"_a, "size"_a, Unlocked())
       .def("unmap_file", &Pool::unmap_file, "address"_a, Unlocked())
+      .def(
+          "place_weights",
+          [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id>>& pieces, bool files) {
+            std::vector<Weights::Piece> parsed;
+            for (const auto& [bytes, requested, shared] : pieces) parsed.push_back({bytes, requested, shared});
+            const auto place = self.place_weights(parsed, files ? Weights::Kind::file : Weights::Kind::memory);
+            return std::make_tuple(place.region, place.address, place.chunks);
+          },
+          "pieces"_a, "files"_a, "(bytes, bytes of weights in it, a chunk to share or 0) each.", Unlocked())
+      .def("remove_region", &Pool::remove_region, "region"_a, Unlocked())
+      .def("resident_in", &Pool::resident_in, "region"_a, Unlocked())
+      .def(
+          "add_user",
+          [](Pool& self, const std::vector<Weights::Id>& chunks, bool evictable, int priority) {
+            return self.add_user(chunks, evictable, priority);
+          },
+          "chunks"_a, "evictable"_a = false, "priority"_a = 0, Unlocked())
+      .def("remove_user", &Pool::remove_user, "user"_a, Unlocked())
+      .def("set_policy", &Pool::set_policy, "user"_a, "evictable"_a, "priority"_a, Unlocked())
+      .def("user", &user, "user"_a, nb::sig("def user(self, user: int) -> dict[str, Any]"))
+      .def("begin_use", &Pool::begin_use, "user"_a, "Returns the chunks to load.", Unlocked())
+      .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
+      .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())
+      .def(
+          "loaded",
+          [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.loaded(user, chunks); },
+          "user"_a, "chunks"_a, Unlocked())
+      .def(
+          "load_failed",
+          [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.load_failed(user, chunks); },
+          "user"_a, "chunks"_a, Unlocked())
+      .def("end_use", &Pool::end_use, "user"_a, Unlocked())
+      .def("suspend", &Pool::suspend, "user"_a, Unlocked())
+      .def_prop_ro("granularity", &Pool::granularity)
       .def("trim", &Pool::trim, "target"_a = 0, Unlocked())
       .def("set_limit", &Pool::set_limit, "limit"_a, Unlocked())
       .def("expect_captures", &Pool::expect_captures, "on"_a, Unlocked())

@@ -131,7 +131,7 @@ void bind_devices(nb::module_& module) {
             self.protect(address, bytes, parse_access(access));
           },
           "address"_a, "size"_a, "access"_a, Unlocked())
-      .def("map_file", &VirtualMemory::map_file, "descriptor"_a, "size"_a, Unlocked())
+      .def("map_file", &VirtualMemory::map_file, "descriptor"_a, "size"_a, "address"_a = 0, Unlocked())
       .def(
           "fill",
           [](VirtualMemory& self, Address address, std::size_t bytes, unsigned char value, std::int64_t stream) {

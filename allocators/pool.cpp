@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <string>
 #include <utility>
@@ -18,6 +19,8 @@ namespace {
 constexpr std::size_t page = 4096;
 // CU_STREAM_PER_THREAD
 constexpr StreamHandle per_thread_stream = 2;
+// Who waits for room longer than this is served before all others.
+constexpr std::chrono::seconds longest_wait{1};
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
 
@@ -59,7 +62,8 @@ Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions
       fences_(order_),
       chunks_(*memory_, fences_, limit),
       weights_(make_arena(Arena::Mode::streamless, true)),
-      streamless_(make_arena(Arena::Mode::streamless, false)) {
+      streamless_(make_arena(Arena::Mode::streamless, false)),
+      resident_(*memory_, fences_, *this) {
 #ifndef NDEBUG
   always_verify_ = true;
 #endif
@@ -84,6 +88,7 @@ void Pool::apply_options() {
 void Pool::configure(PoolOptions options) {
   const Operation operation(*this);
   if (options.debug != options_.debug || debug_) {
+    resident_.drop_unused(most_bytes);
     const std::size_t held = debug_ ? debug_->active() : usage_.active;
     if (held != 0) throw LimitTooLow(0, held);
     collect_graphs();
@@ -259,6 +264,20 @@ Budget Pool::budget(std::size_t bytes) const noexcept {
 }
 
 Range* Pool::acquire(Heap& heap, std::size_t bytes) {
+  for (;;) {
+    try {
+      if (Range* range = acquire_once(heap, bytes)) return range;
+    } catch (const DeviceFullError&) {
+      if (resident_.evict(bytes) == 0) throw;
+      continue;
+    }
+    if (bytes > chunks_.limit()) return nullptr;
+    const std::size_t needed = plus(in_use(), heap.needed(bytes));
+    if (resident_.evict(needed > chunks_.limit() ? needed - chunks_.limit() : bytes) == 0) return nullptr;
+  }
+}
+
+Range* Pool::acquire_once(Heap& heap, std::size_t bytes) {
   if (Range* range = heap.reuse(bytes, false)) return range;
   if (!heap.stitched()) {
     if (Range* range = heap.fit(bytes, false)) return range;
@@ -355,7 +374,12 @@ Address Pool::allocate_now(std::size_t bytes, Tag tag, StreamHandle stream) {
 Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack) {
   Address address = 0;
   try {
-    if (bytes <= most_bytes / 2) address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
+    if (bytes <= most_bytes / 2) {
+      address = debug_->allocate(bytes, tag, stream, thread_label(), stack);
+      if (address == 0 && resident_.evict(bytes) != 0) {
+        address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
+      }
+    }
   } catch (const DeviceFullError&) {
     throw_out_of_memory(bytes, nullptr, bytes, true);
   }
@@ -521,10 +545,8 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
-  if (debug_ ? !debug_->pin(pages) : !chunks_.pin(pages)) {
-    collect_graphs();
-    flush_all();
-    if (debug_ || !chunks_.pin(pages)) throw_out_of_memory(bytes, nullptr, pages, false);
+  while (!reserve(pages)) {
+    if (resident_.evict(pages) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
   try {
@@ -564,11 +586,12 @@ void Pool::unmap_file(Address address) {
 
 std::size_t Pool::trim(std::size_t target) {
   const Operation operation(*this);
-  if (debug_) return debug_->trim(target);
+  if (debug_) return debug_->trim(target) + resident_.drop_unused(most_bytes);
   collect_graphs();
   flush_all();
   const std::size_t reserved = chunks_.reserved();
-  const std::size_t given_back = reserved > target ? chunks_.give_back(reserved - target, false) : 0;
+  std::size_t given_back = reserved > target ? chunks_.give_back(reserved - target, false) : 0;
+  if (reserved - given_back > target) given_back += resident_.drop_unused(reserved - given_back - target);
   verify();
   return given_back;
 }
@@ -579,12 +602,173 @@ void Pool::set_limit(std::size_t limit) {
   collect_graphs();
   if (chunks_.reserved() > limit) {
     flush_all();
+    if (in_use() > limit) resident_.evict(in_use() - limit);
     if (in_use() > limit) throw LimitTooLow(limit, in_use());
     chunks_.give_back(chunks_.reserved() - limit, false);
     if (chunks_.reserved() > limit) throw LimitTooLow(limit, chunks_.reserved());
   }
   chunks_.set_limit(limit);
+  resident_changed_.notify_all();
   verify();
+}
+
+bool Pool::reserve(std::size_t bytes) {
+  if (debug_) return debug_->pin(bytes);
+  if (chunks_.pin(bytes)) return true;
+  collect_graphs();
+  flush_all();
+  return chunks_.pin(bytes);
+}
+
+void Pool::give_back_idle() {
+  if (debug_) return;
+  collect_graphs();
+  flush_all();
+  chunks_.give_back(most_bytes, false);
+}
+
+void Pool::activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) {
+  hold(holder, requested);
+  usage_.add(bytes);
+  usage_.request(requested);
+}
+
+void Pool::deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept {
+  held_[holder] -= requested;
+  usage_.active -= bytes;
+  usage_.requested -= requested;
+}
+
+Weights::Placement Pool::place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind) {
+  const Operation operation(*this);
+  const auto holder = static_cast<std::uint32_t>(thread_label() * tag_count + static_cast<std::size_t>(Tag::weights));
+  Weights::Placement placement = resident_.place(pieces, kind, holder);
+  verify();
+  return placement;
+}
+
+void Pool::remove_region(Weights::Id region) {
+  const Operation operation(*this);
+  resident_.remove_region(region);
+  verify();
+}
+
+std::size_t Pool::resident_in(Weights::Id region) const {
+  const Operation operation(*this);
+  return resident_.resident_in(region);
+}
+
+Weights::Id Pool::add_user(std::span<const Weights::Id> chunks, bool evictable, int priority) {
+  const Operation operation(*this);
+  const Weights::Id user = resident_.add_user(chunks, evictable, priority);
+  verify();
+  return user;
+}
+
+void Pool::remove_user(Weights::Id user) {
+  const Operation operation(*this);
+  resident_.remove_user(user);
+  resident_changed_.notify_all();
+  verify();
+}
+
+void Pool::set_policy(Weights::Id user, bool evictable, int priority) {
+  const Operation operation(*this);
+  resident_.set_policy(user, evictable, priority);
+  resident_changed_.notify_all();
+}
+
+Weights::UserView Pool::user(Weights::Id user) const {
+  const Operation operation(*this);
+  return resident_.view(user);
+}
+
+std::vector<Weights::Id> Pool::begin_use(Weights::Id user) {
+  if (process_.is_child()) throw ForkedProcess();
+  std::unique_lock lock(mutex_);
+  auto mine = waiters_.end();
+  const auto leave = [&] {
+    if (mine != waiters_.end()) waiters_.erase(mine);
+    resident_changed_.notify_all();
+  };
+  for (;;) {
+    // Who has waited long goes first: without that a large model could wait for ever while small ones take turns.
+    const bool behind =
+        !waiters_.empty() && waiters_.begin() != mine && Weights::Clock::now() - waiters_.front().since > longest_wait;
+    const bool held = std::find(suspending_.begin(), suspending_.end(), user) != suspending_.end();
+    if (!behind && !held) {
+      try {
+        if (auto chunks = resident_.begin(user)) {
+          if (mine != waiters_.end()) leave();
+          verify();
+          return std::move(*chunks);
+        }
+      } catch (const Weights::NoRoom& room) {
+        if (mine != waiters_.end()) leave();
+        throw_out_of_memory(room.bytes, nullptr, room.bytes, false);
+      } catch (const DeviceFullError&) {
+        if (mine != waiters_.end()) leave();
+        const Weights::UserView view = resident_.view(user);
+        throw_out_of_memory(view.missing, nullptr, view.missing, true);
+      } catch (...) {
+        if (mine != waiters_.end()) leave();
+        throw;
+      }
+      if (mine == waiters_.end()) mine = waiters_.insert(waiters_.end(), {user, Weights::Clock::now()});
+    }
+    resident_changed_.wait(lock);
+  }
+}
+
+Address Pool::address_of(Weights::Id chunk) const {
+  const Operation operation(*this);
+  return resident_.address(chunk);
+}
+
+void Pool::map_weights(Weights::Id chunk, int descriptor, std::size_t bytes) {
+  const Operation operation(*this);
+  resident_.map_file(chunk, descriptor, bytes);
+}
+
+void Pool::loaded(Weights::Id user, std::span<const Weights::Id> chunks) {
+  const Operation operation(*this);
+  resident_.loaded(user, chunks);
+  resident_changed_.notify_all();
+  verify();
+}
+
+void Pool::load_failed(Weights::Id user, std::span<const Weights::Id> chunks) {
+  const Operation operation(*this);
+  resident_.failed(user, chunks);
+  resident_changed_.notify_all();
+  verify();
+}
+
+void Pool::end_use(Weights::Id user) {
+  const Operation operation(*this);
+  resident_.end(user);
+  if (!waiters_.empty() || !suspending_.empty()) resident_changed_.notify_all();
+  verify();
+}
+
+std::size_t Pool::suspend(Weights::Id user) {
+  if (process_.is_child()) throw ForkedProcess();
+  std::unique_lock lock(mutex_);
+  suspending_.push_back(user);
+  const auto leave = [&] {
+    suspending_.erase(std::find(suspending_.begin(), suspending_.end(), user));
+    resident_changed_.notify_all();
+  };
+  try {
+    resident_changed_.wait(lock, [&] { return !resident_.busy(user); });
+    const std::size_t bytes = resident_.suspend(user);
+    leave();
+    verify();
+    return bytes;
+  } catch (...) {
+    leave();
+    throw;
+  }
 }
 
 void Pool::expect_captures(bool on) {
@@ -614,7 +798,8 @@ PoolStats Pool::stats() {
   stats.peak_requested = usage_.peak_requested;
   stats.limit = chunks_.limit();
   stats.weights = file_bytes_;
-  stats.mapped_files = file_bytes_;
+  stats.mapped_files = file_bytes_ + resident_.files();
+  stats.unused_weights = resident_.reserved() - resident_.active();
   stats.allocations = allocations_;
   stats.deallocations = deallocations_;
   stats.chunks = chunks_.all().size();
@@ -772,10 +957,12 @@ void Pool::verify() const {
 }
 
 void Pool::check_locked() const {
-  if (debug_) return debug_->check_invariants();
+  if (debug_) return debug_->check_invariants();  // and weights are pinned there
   chunks_.check_invariants();
-  std::size_t active = file_bytes_;
-  std::size_t requested = 0;
+  resident_.check_invariants();
+  require(chunks_.pinned() == file_bytes_ + resident_.reserved(), "files and weights are reserved");
+  std::size_t active = file_bytes_ + resident_.active();
+  std::size_t requested = resident_.requested();
   std::size_t steps = 0;
   std::size_t listed = 0;
   for (const auto& [address, bytes] : files_) requested += bytes;

@@ -35,7 +35,8 @@
 //        asked for, else by idle ones (stitching) and by as many new ones as are missing. Where that would take
 //        reserved more than 3 % and 16 MiB above that demand, idle chunks that cannot serve are given back; where it
 //        would exceed the limit, too
-//     4. OutOfMemory: the chunks in use and those that are missing exceed the limit
+//     4. weights that may go make room (weights.hpp), and it is tried again
+//     5. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
 // Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
 // chunks move to other arenas, behind a fence (fences.hpp). Memory without a stream is reused when the device has
@@ -53,11 +54,13 @@
 
 #include <array>
 #include <atomic>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <list>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -69,6 +72,7 @@
 #include "process.hpp"
 #include "recorder.hpp"
 #include "virtual_memory.hpp"
+#include "weights.hpp"
 
 namespace glake {
 
@@ -107,6 +111,7 @@ struct PoolStats {
   std::size_t limit = 0;
   std::size_t weights = 0;          // weights as asked for, and the mapped files
   std::size_t mapped_files = 0;     // the part of weights that is files
+  std::size_t unused_weights = 0;   // the part of idle that is weights which no model has any more
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
   std::size_t chunks = 0;           // count
@@ -183,7 +188,7 @@ struct SegmentView {  // a stretch of neighbouring ranges
   std::vector<RangeView> ranges;
 };
 
-class Pool final : private RangeTable, private RangeSource {
+class Pool final : private RangeTable, private RangeSource, private WeightBudget {
  public:
   Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions options = {});
   // Gives everything back, active or not. The pool of a device is never destroyed (device_pool.hpp).
@@ -207,10 +212,30 @@ class Pool final : private RangeTable, private RangeSource {
   // Throws InvalidPointer, with nothing changed, for an address that map_file() did not give.
   void unmap_file(Address address);
 
-  // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle. Waits for the
-  // device where work may still touch them. Returns the bytes given back.
+  // Weights that come and go at addresses that stay: see weights.hpp, whose functions these are. A use begins when
+  // begin_use() returns, and it waits for room, and for chunks that other threads load. Besides what is said there they
+  // throw ForkedProcess, and begin_use() OutOfMemoryError.
+  [[nodiscard]] Weights::Placement place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind);
+  void remove_region(Weights::Id region);
+  [[nodiscard]] std::size_t resident_in(Weights::Id region) const;
+  [[nodiscard]] Weights::Id add_user(std::span<const Weights::Id> chunks, bool evictable, int priority);
+  void remove_user(Weights::Id user);
+  void set_policy(Weights::Id user, bool evictable, int priority);
+  [[nodiscard]] Weights::UserView user(Weights::Id user) const;
+  [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user);
+  [[nodiscard]] Address address_of(Weights::Id chunk) const;
+  void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);
+  void loaded(Weights::Id user, std::span<const Weights::Id> chunks);
+  void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);
+  void end_use(Weights::Id user);
+  // Waits until the user is not busy; uses that begin meanwhile wait until it is suspended, and then load it again.
+  std::size_t suspend(Weights::Id user);
+  [[nodiscard]] std::size_t granularity() const noexcept { return chunks_.granule(); }
+
+  // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle, and then weights
+  // that no model has any more. Waits for the device where work may still touch them. Returns the bytes given back.
   std::size_t trim(std::size_t target = 0);
-  // Gives idle chunks back as needed. Throws LimitTooLow, with the old limit in force.
+  // Gives idle chunks back as needed, and weights that may go. Throws LimitTooLow, with the old limit in force.
   void set_limit(std::size_t limit);
   // Changes the options. Throws LimitTooLow, with nothing changed, where memory is in use and debug would change.
   void configure(PoolOptions options);
@@ -248,6 +273,14 @@ class Pool final : private RangeTable, private RangeSource {
   void add(Range& range) override;
   void remove(Range& range) noexcept override;
   [[nodiscard]] Range* acquire(Heap& heap, std::size_t bytes) override;
+  [[nodiscard]] Range* acquire_once(Heap& heap, std::size_t bytes);
+
+  // WeightBudget
+  [[nodiscard]] bool reserve(std::size_t bytes) override;
+  void unreserve(std::size_t bytes) noexcept override { unpin(bytes); }
+  void give_back_idle() override;
+  void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
+  void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;
 
   [[nodiscard]] Arena& arena_for(Tag tag, StreamHandle stream);
   [[nodiscard]] Arena& make_arena(Arena::Mode mode, bool weights);
@@ -313,6 +346,14 @@ class Pool final : private RangeTable, private RangeSource {
   std::unordered_map<Address, std::size_t> files_;  // mapped files: address -> bytes as asked for
   std::size_t file_bytes_ = 0;                      // rounded up to pages
   std::vector<std::size_t> held_;                   // bytes as asked for, by holder: label * tag_count + tag
+  Weights resident_;
+  std::condition_variable resident_changed_;  // a use ended, or chunks were loaded, or came or went
+  struct Waiter {
+    Weights::Id user;
+    Weights::Clock::time_point since;
+  };
+  std::list<Waiter> waiters_;            // for room, in the order in which they came
+  std::vector<Weights::Id> suspending_;  // users that somebody is about to suspend
   std::unique_ptr<Recorder> recorder_;
   std::unique_ptr<DebugHeap> debug_;  // in place of the arenas
   std::uint64_t allocations_ = 0;

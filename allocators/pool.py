@@ -55,6 +55,8 @@ class PoolStats:
         limit: the bound on `reserved`.
         weights: bytes of weights, as asked for, and the mapped files.
         mapped_files: the part of `weights` that is mapped from files.
+        unused_weights: the part of `idle` that is weights which no model has any more: the first to go where room is
+            needed.
         allocations: count of successful allocations.
         deallocations: count of successful deallocations.
         chunks: count of pieces of physical memory.
@@ -76,6 +78,7 @@ class PoolStats:
     limit: int
     weights: int
     mapped_files: int
+    unused_weights: int
     allocations: int
     deallocations: int
     chunks: int
@@ -124,10 +127,11 @@ class Pool:
     Thread-safe. A child of fork() cannot use it (`ForkedProcessError`), nor sessions that are on it.
 
     Args:
-        device: "cpu", "cuda:N", or "cuda" for "cuda:0"; N as CUDA counts in this process (CUDA_VISIBLE_DEVICES).
-        limit: a hard bound on the memory that the pool holds, idle memory and mapped weights
-            included: bytes, or text such as "4GiB". None: all memory of the machine, or of its
-            control group if that is less; on CUDA all memory of the device.
+        device: "cpu", "cuda:N", or "cuda" for "cuda:0";
+N as CUDA counts in this process(CUDA_VISIBLE_DEVICES).limit : a hard bound on the memory that the pool holds,
+    idle memory and mapped weights included : bytes,
+                                              or text such as "4GiB".None : all memory of the machine,
+                                              or of its control group if that is less; on CUDA all memory of the device.
         debug: find wrong accesses, much slower (docs/debugging.md). True: large allocations lie between unmapped
             guards, small ones between canaries that are checked at every free. "guard": every allocation lies
             between guards.
@@ -166,7 +170,8 @@ class Pool:
             limit_here = _limit_on(self._device, asked)
             mode = "guard" if debug == "guard" else "on" if debug else "off"
             try:
-                pool.configure(mode, wipe, _ignore_streams)
+                pool
+  .configure(mode, wipe, _ignore_streams)
             except PoolInUseError as error:
                 raise PoolInUseError(
                     "debug cannot be switched while memory of the pool is in use: drop the sessions of the earlier "
@@ -407,7 +412,8 @@ class Pool:
     def label(self, name: str) -> Iterator[None]:
         """Name what this thread allocates inside the `with` block, on any device, after `name`.
 
-        Errors, statistics and traces say under that name who holds memory. Blocks nest; each thread has its own.
+        Errors, statistics and traces say under that name who holds memory. Blocks nest;
+each thread has its own.
 
         Raises `InputError` if the name is not a text, or is empty.
         """
@@ -521,7 +527,8 @@ class Pool:
             if self._pool is None:
                 return
             try:
-                stats = self.stats()
+                stats
+      = self.stats()
                 if stats.active:
                     error = PoolInUseError.close(stats.active, stats.weights)
                     if self._debug:
@@ -546,7 +553,8 @@ class Pool:
     ) -> None:
         """Close the pool. When an error is on its way, a pool in use stays open rather than hide it."""
         try:
-            self.close()
+            self
+.close()
         except PoolInUseError:
             if error is None:
                 raise

@@ -370,7 +370,9 @@ class SimulatedDevice final : public VirtualMemory {
   void do_map(Address address, ChunkHandle handle) override { host_.map(address, handle); }
   void do_unmap(Address address, std::size_t bytes) noexcept override { host_.unmap(address, bytes); }
   void do_protect(Address address, std::size_t bytes, Access access) override { host_.protect(address, bytes, access); }
-  Address do_map_file(int descriptor, std::size_t bytes) override { return host_.map_file(descriptor, bytes); }
+  Address do_map_file(int descriptor, std::size_t bytes, Address address) override {
+    return host_.map_file(descriptor, bytes, address);
+  }
   void do_unmap_file(Address address, std::size_t bytes) noexcept override { host_.unmap_file(address, bytes); }
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override {
     if (stream == no_stream) return host_.fill(address, bytes, value, stream);

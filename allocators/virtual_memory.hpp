@@ -117,10 +117,11 @@ class VirtualMemory {
   }
 
   // Maps the first `bytes` of an open file, read-only and shared with every other process that maps
-  // it; the caller may close the descriptor afterwards. Given back by unmap_file().
-  [[nodiscard]] Address map_file(int descriptor, std::size_t bytes) {
+  // it; the caller may close the descriptor afterwards. At `address`, a page of a reserved range, to be given back by
+  // unmap(); without one anywhere, to be given back by unmap_file().
+  [[nodiscard]] Address map_file(int descriptor, std::size_t bytes, Address address = 0) {
     count("map_file", bytes);
-    return do_map_file(descriptor, bytes);
+    return do_map_file(descriptor, bytes, address);
   }
   void unmap_file(Address address, std::size_t bytes) noexcept {
     if (begin_give_back()) do_unmap_file(address, bytes);
@@ -167,7 +168,7 @@ class VirtualMemory {
   virtual void do_map(Address address, ChunkHandle handle) = 0;
   virtual void do_unmap(Address address, std::size_t bytes) noexcept = 0;
   virtual void do_protect(Address address, std::size_t bytes, Access access) = 0;
-  virtual Address do_map_file(int descriptor, std::size_t bytes) = 0;
+  virtual Address do_map_file(int descriptor, std::size_t bytes, Address address) = 0;
   virtual void do_unmap_file(Address address, std::size_t bytes) noexcept = 0;
   virtual void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) = 0;
   virtual void do_read(void* target, Address source, std::size_t bytes) = 0;

@@ -1,0 +1,435 @@
+#include "weights.hpp"
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <utility>
+
+#include "arithmetic.hpp"
+#include "invariants.hpp"
+#include "pool.hpp"
+
+namespace glake {
+
+template <class Map>
+auto& Weights::find(Map& map, Id id) {
+  const auto found = map.find(id);
+  if (found == map.end()) {
+    throw InvalidPointer("number " + std::to_string(id) + " is none of this pool's weights, or was removed already");
+  }
+  return found->second;
+}
+
+Weights::~Weights() {
+  for (auto& [id, chunk] : chunks_) clear(chunk);
+}
+
+Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std::uint32_t holder) {
+  std::size_t total = 0;
+  for (const Piece& piece : pieces) {
+    total = plus(total, piece.bytes);
+    if (piece.shared == 0) continue;
+    const Chunk& chunk = find(chunks_, piece.shared);
+    if (chunk.kind != Kind::memory || kind != Kind::memory || chunk.bytes != piece.bytes) {
+      throw InvalidPointer("chunk " + std::to_string(piece.shared) + " cannot be mapped a second time here: it has " +
+                           std::to_string(chunk.bytes) + " bytes");
+    }
+  }
+  Placement placement;
+  placement.chunks.reserve(pieces.size());
+  Region region{AddressRange(memory_, round_up(total, memory_.granularity())), {}};
+  Address address = placement.address = region.range.address();
+  const Id number = placement.region = ++last_;
+  std::vector<Chunk*> extended;
+  try {
+    for (const Piece& piece : pieces) {
+      const Id id = piece.shared != 0 ? piece.shared : ++last_;
+      placement.chunks.push_back(id);
+      Chunk& chunk = chunks_[id];
+      if (chunk.places.empty()) {
+        chunk.id = id;
+        chunk.kind = kind;
+        chunk.bytes = piece.bytes;
+        chunk.requested = piece.requested;
+        chunk.holder = holder;
+        chunk.last_use = Clock::now();
+      } else if (chunk.state != State::absent) {
+        memory_.map(address, chunk.physical->handle());
+        try {
+          if (chunk.state == State::resident) memory_.protect(address, chunk.bytes, Access::read_only);
+        } catch (...) {
+          memory_.unmap(address, chunk.bytes);
+          throw;
+        }
+      }
+      chunk.places.push_back(address);
+      extended.push_back(&chunk);
+      address += piece.bytes;
+    }
+    region.chunks = placement.chunks;
+    regions_.emplace(number, std::move(region));
+  } catch (...) {
+    for (Chunk* chunk : extended) {
+      if (chunk->state != State::absent) memory_.unmap(chunk->places.back(), chunk->bytes);
+      chunk->places.pop_back();
+    }
+    std::erase_if(chunks_, [](const auto& each) { return each.second.places.empty(); });
+    throw;
+  }
+  return placement;
+}
+
+std::size_t Weights::resident_in(Id region) const {
+  std::size_t bytes = 0;
+  for (const Id id : find(regions_, region).chunks) {
+    const Chunk& chunk = find(chunks_, id);
+    if (chunk.state != State::absent) bytes += chunk.bytes;
+  }
+  return bytes;
+}
+
+void Weights::remove_region(Id region) {
+  Region& found = find(regions_, region);
+  const Address start = found.range.address();
+  const Address end = start + found.range.bytes();
+  const auto inside = [&](Address address) { return start <= address && address < end; };
+  for (const Id id : found.chunks) {
+    const Chunk& chunk = find(chunks_, id);
+    if (chunk.places.size() == 1 && !chunk.users.empty()) {
+      throw InvalidPointer("weights of region " + std::to_string(region) + " are still used");
+    }
+    (void)settle(chunk, true);  // others may have it in their regions too: nothing reads it here any more
+  }
+  for (const Id id : found.chunks) {
+    const auto place = chunks_.find(id);
+    if (place == chunks_.end()) continue;  // twice in one region
+    Chunk& chunk = place->second;
+    const auto here = std::find_if(chunk.places.begin(), chunk.places.end(), inside);
+    if (chunk.places.size() == 1) {
+      make_absent(chunk);
+      chunks_.erase(place);
+      continue;
+    }
+    if (chunk.state != State::absent) memory_.unmap(*here, chunk.bytes);
+    chunk.places.erase(here);
+  }
+  regions_.erase(region);
+}
+
+Weights::Id Weights::add_user(std::span<const Id> chunks, bool evictable, int priority) {
+  User user;
+  for (const Id id : chunks) user.chunks.push_back(&find(chunks_, id));
+  std::sort(user.chunks.begin(), user.chunks.end());
+  user.chunks.erase(std::unique(user.chunks.begin(), user.chunks.end()), user.chunks.end());
+  user.evictable = evictable;
+  user.priority = priority;
+  user.last_use = Clock::now();
+  const Id id = ++last_;
+  User& made = users_.emplace(id, std::move(user)).first->second;
+  std::size_t done = 0;
+  try {
+    for (Chunk* chunk : made.chunks) {
+      chunk->users.push_back(&made);
+      ++done;
+      if (chunk->users.size() == 1 && chunk->state != State::absent) activate(*chunk);
+      if (chunk->state != State::resident) ++made.missing;
+    }
+  } catch (...) {
+    for (std::size_t i = 0; i < done; ++i) made.chunks[i]->users.pop_back();
+    users_.erase(id);
+    throw;
+  }
+  return id;
+}
+
+void Weights::remove_user(Id id) {
+  User& user = find(users_, id);
+  for (Chunk* chunk : user.chunks) {
+    std::erase(chunk->users, &user);
+    chunk->fence = std::max(chunk->fence, user.fence);
+    chunk->last_use = std::max(chunk->last_use, user.last_use);
+    if (chunk->users.empty() && chunk->state != State::absent) deactivate(*chunk);
+  }
+  users_.erase(id);
+}
+
+void Weights::set_policy(Id id, bool evictable, int priority) {
+  User& user = find(users_, id);
+  user.evictable = evictable;
+  user.priority = priority;
+}
+
+Weights::UserView Weights::view(Id id) const {
+  const User& user = find(users_, id);
+  UserView view;
+  for (const Chunk* chunk : user.chunks) {
+    view.bytes += chunk->bytes;
+    if (chunk->state != State::resident) view.missing += chunk->bytes;
+  }
+  view.busy = user.busy;
+  view.awake = user.awake;
+  view.evictable = user.evictable;
+  view.priority = user.priority;
+  view.idle_seconds = user.busy != 0 ? 0.0 : std::chrono::duration<double>(Clock::now() - user.last_use).count();
+  return view;
+}
+
+Address Weights::address(Id chunk) const { return find(chunks_, chunk).places.front(); }
+
+bool Weights::busy(Id user) const { return find(users_, user).busy != 0; }
+
+bool Weights::someone_else_is_busy(const User& user) const noexcept {
+  return std::any_of(users_.begin(), users_.end(),
+                     [&](const auto& each) { return &each.second != &user && each.second.busy != 0; });
+}
+
+std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
+  User& user = find(users_, id);
+  std::vector<Id> loading;
+  if (user.missing != 0) {
+    std::vector<Chunk*> absent;
+    std::size_t bytes = 0;
+    for (Chunk* chunk : user.chunks) {
+      if (chunk->state == State::loading) return std::nullopt;
+      if (chunk->state != State::absent) continue;
+      absent.push_back(chunk);
+      bytes = plus(bytes, chunk->bytes);
+    }
+    ++user.busy;  // so that nothing of it is evicted
+    std::size_t present = 0;
+    const auto undo = [&] {
+      for (std::size_t i = 0; i < present; ++i) make_absent(*absent[i]);
+      --user.busy;
+    };
+    try {
+      loading.reserve(absent.size());
+      for (Chunk* chunk : absent) {
+        make_present(*chunk);
+        ++present;
+        loading.push_back(chunk->id);
+      }
+    } catch (const NoRoom&) {
+      undo();
+      if (someone_else_is_busy(user)) return std::nullopt;
+      throw NoRoom{bytes};
+    } catch (const DeviceFullError&) {
+      undo();
+      if (someone_else_is_busy(user)) return std::nullopt;
+      throw;
+    } catch (...) {
+      undo();
+      throw;
+    }
+    --user.busy;
+  }
+  ++user.busy;
+  user.awake = true;
+  user.last_use = Clock::now();
+  return loading;
+}
+
+void Weights::make_present(Chunk& chunk) {
+  while (!budget_.reserve(chunk.bytes)) {
+    if (evict(chunk.bytes) == 0) throw NoRoom{chunk.bytes};
+  }
+  reserved_ += chunk.bytes;
+  std::size_t mapped = 0;
+  try {
+    if (chunk.kind == Kind::memory) {
+      try {
+        chunk.physical.emplace(memory_, chunk.bytes);
+      } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
+        budget_.give_back_idle();
+        evict(chunk.bytes);
+        chunk.physical.emplace(memory_, chunk.bytes);
+      }
+      for (const Address address : chunk.places) {
+        memory_.map(address, chunk.physical->handle());
+        ++mapped;
+      }
+    }
+    chunk.state = State::loading;
+    if (!chunk.users.empty()) activate(chunk);
+  } catch (...) {
+    chunk.state = State::absent;
+    for (std::size_t i = 0; i < mapped; ++i) memory_.unmap(chunk.places[i], chunk.bytes);
+    chunk.physical.reset();
+    reserved_ -= chunk.bytes;
+    budget_.unreserve(chunk.bytes);
+    throw;
+  }
+}
+
+void Weights::clear(Chunk& chunk) noexcept {
+  if (chunk.state == State::absent) return;
+  for (const Address address : chunk.places) memory_.unmap(address, chunk.bytes);
+  chunk.physical.reset();
+}
+
+// The device has finished with it.
+void Weights::make_absent(Chunk& chunk) noexcept {
+  if (chunk.state == State::absent) return;
+  clear(chunk);
+  if (!chunk.users.empty()) deactivate(chunk);
+  if (chunk.state == State::resident) {
+    for (User* user : chunk.users) ++user->missing;
+  }
+  chunk.state = State::absent;
+  reserved_ -= chunk.bytes;
+  budget_.unreserve(chunk.bytes);
+}
+
+void Weights::activate(Chunk& chunk) {
+  budget_.activate(chunk.bytes, chunk.requested, chunk.holder);
+  active_ += chunk.bytes;
+  requested_ += chunk.requested;
+  if (chunk.kind == Kind::file) files_ += chunk.bytes;
+}
+
+void Weights::deactivate(Chunk& chunk) noexcept {
+  budget_.deactivate(chunk.bytes, chunk.requested, chunk.holder);
+  active_ -= chunk.bytes;
+  requested_ -= chunk.requested;
+  if (chunk.kind == Kind::file) files_ -= chunk.bytes;
+}
+
+void Weights::map_file(Id id, int descriptor, std::size_t bytes) {
+  Chunk& chunk = find(chunks_, id);
+  if (chunk.kind != Kind::file || chunk.state != State::loading || bytes > chunk.bytes) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " is not one that a file can be mapped in now");
+  }
+  (void)memory_.map_file(descriptor, bytes, chunk.places.front());
+}
+
+void Weights::loaded(Id, std::span<const Id> ids) {
+  for (const Id id : ids) {
+    Chunk& chunk = find(chunks_, id);
+    if (chunk.kind != Kind::memory) continue;
+    for (const Address address : chunk.places) memory_.protect(address, chunk.bytes, Access::read_only);
+  }
+  for (const Id id : ids) {
+    Chunk& chunk = find(chunks_, id);
+    chunk.state = State::resident;
+    for (User* each : chunk.users) --each->missing;
+  }
+}
+
+void Weights::failed(Id id, std::span<const Id> ids) noexcept {
+  const auto user = users_.find(id);
+  for (const Id each : ids) {
+    const auto chunk = chunks_.find(each);
+    if (chunk != chunks_.end() && chunk->second.state == State::loading) make_absent(chunk->second);
+  }
+  if (user != users_.end()) --user->second.busy;
+}
+
+void Weights::end(Id id) {
+  User& user = find(users_, id);
+  --user.busy;
+  user.fence = fences_.now();
+  user.last_use = Clock::now();
+}
+
+// Waits until no queued work can touch the chunk.
+bool Weights::settle(const Chunk& chunk, bool may_throw) const {
+  Fence fence = chunk.fence;
+  for (const User* user : chunk.users) fence = std::max(fence, user->fence);
+  try {
+    fences_.synchronize(fence);
+    return true;
+  } catch (const DriverError&) {  // a device that is lost: what it holds goes with the process
+    if (may_throw) throw;
+    return false;
+  }
+}
+
+std::size_t Weights::suspend(Id id) {
+  User& user = find(users_, id);
+  const auto needed = [&](const Chunk* chunk) {
+    return std::any_of(chunk->users.begin(), chunk->users.end(),
+                       [&](const User* each) { return each != &user && each->awake; });
+  };
+  for (Chunk* chunk : user.chunks) {
+    if (chunk->state == State::resident && !needed(chunk)) settle(*chunk, true);
+  }
+  user.awake = false;
+  std::size_t bytes = 0;
+  for (Chunk* chunk : user.chunks) {
+    if (chunk->state != State::resident || needed(chunk)) continue;
+    bytes += chunk->bytes;
+    make_absent(*chunk);
+  }
+  return bytes;
+}
+
+template <class Eligible>
+std::size_t Weights::drop(std::size_t bytes, const Eligible& eligible) noexcept {
+  // By importance: whether anybody awake has it, with what priority, and when it was used last.
+  using Rank = std::tuple<bool, int, Clock::time_point>;
+  std::size_t done = 0;
+  try {
+    std::vector<std::pair<Rank, Chunk*>> candidates;
+    for (auto& [id, chunk] : chunks_) {
+      if (chunk.state != State::resident || !eligible(chunk)) continue;
+      Rank rank{false, 0, chunk.last_use};
+      for (const User* user : chunk.users) {
+        if (user->awake) rank = std::max(rank, Rank{true, user->priority, user->last_use});
+      }
+      candidates.emplace_back(rank, &chunk);
+    }
+    std::stable_sort(candidates.begin(), candidates.end(),
+                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (const auto& [rank, chunk] : candidates) {
+      if (done >= bytes) break;
+      if (!settle(*chunk, false)) continue;
+      done += chunk->bytes;
+      make_absent(*chunk);
+    }
+  } catch (...) {  // no ordinary memory for the list
+  }
+  return done;
+}
+
+std::size_t Weights::evict(std::size_t bytes) noexcept {
+  return drop(bytes, [](const Chunk& chunk) {
+    return std::all_of(chunk.users.begin(), chunk.users.end(),
+                       [](const User* user) { return user->busy == 0 && (!user->awake || user->evictable); });
+  });
+}
+
+std::size_t Weights::drop_unused(std::size_t bytes) noexcept {
+  return drop(bytes, [](const Chunk& chunk) { return chunk.users.empty(); });
+}
+
+std::size_t Weights::resident_chunks() const noexcept {
+  return static_cast<std::size_t>(std::count_if(chunks_.begin(), chunks_.end(),
+                                                [](const auto& each) { return each.second.state != State::absent; }));
+}
+
+void Weights::check_invariants() const {
+  std::size_t reserved = 0;
+  std::size_t active = 0;
+  std::size_t requested = 0;
+  for (const auto& [id, chunk] : chunks_) {
+    require(!chunk.places.empty(), "every chunk of weights has an address");
+    require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical,
+            "a chunk of weights has memory exactly while it is not absent");
+    if (chunk.state == State::absent) continue;
+    reserved += chunk.bytes;
+    if (chunk.users.empty()) continue;
+    active += chunk.bytes;
+    requested += chunk.requested;
+  }
+  require(reserved == reserved_ && active == active_ && requested == requested_, "bytes of weights are counted");
+  for (const auto& [id, user] : users_) {
+    const auto missing = std::count_if(user.chunks.begin(), user.chunks.end(),
+                                       [](const Chunk* chunk) { return chunk->state != State::resident; });
+    require(user.missing == static_cast<std::size_t>(missing), "a user knows how many of its chunks are missing");
+    require(missing == 0 || user.busy == 0 ||
+                std::none_of(user.chunks.begin(), user.chunks.end(),
+                             [](const Chunk* chunk) { return chunk->state == State::absent; }),
+            "nothing that a busy user needs is absent");
+  }
+}
+
+}  // namespace glake

@@ -1,0 +1,185 @@
+// Weights: memory whose addresses stay while what lies there comes and goes.
+//
+// Words
+//   region   a reservation of addresses, cut into chunks that lie one behind the other
+//   chunk    a piece of a region: absent, loading, or resident. Of kind memory: physical memory of its own, which may
+//            be mapped in several regions, read-only once it is loaded. Of kind file: a file's pages (host)
+//   user     a model: the chunks that it needs. Busy while it runs or loads; awake from its first use until it is
+//            suspended; evictable where the pool may take its memory while it is idle
+//
+// Rules
+//   A chunk becomes absent when nobody awake needs it (suspend), or when room is needed (evict): then first those that
+//   no user has, the longest unused first; then those of evictable users that are not busy, lowest priority first and
+//   then the least recently used, where a chunk of several users counts as its most important and latest one. Never
+//   what a busy user, or an awake one that is not evictable, needs. A chunk is active while it is not absent and has a
+//   user. Bytes of chunks that are not absent are reserved in the budget. Memory is unmapped once the device has done
+//   all work that was queued when its last user ended.
+//
+// Not thread-safe: Pool locks, and waits where begin() says so. Functions that throw have changed nothing, unless
+// noted.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "fences.hpp"
+#include "virtual_memory.hpp"
+
+namespace glake {
+
+// What Weights asks of its pool.
+class WeightBudget {
+ public:
+  // Counts bytes as reserved, having given idle memory back if need be; false if there is no room.
+  [[nodiscard]] virtual bool reserve(std::size_t bytes) = 0;
+  virtual void unreserve(std::size_t bytes) noexcept = 0;
+  // Gives all idle memory back: the device is full.
+  virtual void give_back_idle() = 0;
+  // Counts bytes as active (and those asked for, by holder), or no longer.
+  virtual void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) = 0;
+  virtual void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept = 0;
+
+ protected:
+  ~WeightBudget() = default;
+};
+
+class Weights {
+ public:
+  using Id = std::uint64_t;  // of a region, a chunk or a user; never used again
+  using Clock = std::chrono::steady_clock;
+  enum class Kind : std::uint8_t { memory, file };
+
+  struct Piece {
+    std::size_t bytes = 0;      // kind memory: a multiple of the granule; kind file: of a page
+    std::size_t requested = 0;  // that weights take of it
+    Id shared = 0;              // a chunk of kind memory and of that size, to be mapped here too
+  };
+  struct Placement {
+    Id region = 0;
+    Address address = 0;
+    std::vector<Id> chunks;  // one per piece
+  };
+  struct UserView {  // bytes
+    std::size_t bytes = 0;
+    std::size_t missing = 0;  // of absent chunks, and of those that are loading
+    std::size_t busy = 0;     // count
+    bool awake = false;
+    bool evictable = false;
+    int priority = 0;
+    double idle_seconds = 0;
+  };
+
+  Weights(VirtualMemory& memory, Fences& fences, WeightBudget& budget)
+      : memory_(memory), fences_(fences), budget_(budget) {}
+  Weights(const Weights&) = delete;
+  Weights& operator=(const Weights&) = delete;
+  ~Weights();
+
+  // Reserves addresses. The new chunks are absent and have no user. Throws DriverError, InvalidPointer (no such chunk).
+  [[nodiscard]] Placement place(std::span<const Piece> pieces, Kind kind, std::uint32_t holder);
+  // Gives a region back, whose addresses nobody uses any more. Throws InvalidPointer where a chunk that lies nowhere
+  // else has a user, DriverError.
+  void remove_region(Id region);
+  // Bytes of the region's chunks that are not absent.
+  [[nodiscard]] std::size_t resident_in(Id region) const;
+
+  [[nodiscard]] Id add_user(std::span<const Id> chunks, bool evictable, int priority);
+  void remove_user(Id user);
+  void set_policy(Id user, bool evictable, int priority);
+  [[nodiscard]] UserView view(Id user) const;
+
+  // Begins a use. Nothing: the caller waits until something has changed, and asks again: another user is loading what
+  // this one needs, or there is room only once another has ended. Else the user is busy, and the chunks that are named
+  // are loading: the caller fills them and says loaded() or failed(). Throws NoRoom if there is no room and none to
+  // wait for, DeviceFullError, DriverError.
+  struct NoRoom {
+    std::size_t bytes = 0;
+  };
+  [[nodiscard]] std::optional<std::vector<Id>> begin(Id user);
+  void loaded(Id user, std::span<const Id> chunks);
+  // They are absent again, and the use has ended.
+  void failed(Id user, std::span<const Id> chunks) noexcept;
+  void end(Id user);
+  // Where a chunk that is loading lies: in its first region.
+  [[nodiscard]] Address address(Id chunk) const;
+  // Fills a loading chunk of kind file with the first `bytes` of a file.
+  void map_file(Id chunk, int descriptor, std::size_t bytes);
+
+  // The user is not busy (asked by the caller). What no awake user needs becomes absent; returns the bytes.
+  std::size_t suspend(Id user);
+  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes.
+  std::size_t evict(std::size_t bytes) noexcept;
+  // Makes what has no user absent, until `bytes` are gone; returns the bytes.
+  std::size_t drop_unused(std::size_t bytes) noexcept;
+
+  [[nodiscard]] bool busy(Id user) const;
+  [[nodiscard]] std::size_t reserved() const noexcept { return reserved_; }
+  [[nodiscard]] std::size_t active() const noexcept { return active_; }
+  [[nodiscard]] std::size_t files() const noexcept { return files_; }  // of active
+  [[nodiscard]] std::size_t requested() const noexcept { return requested_; }
+  [[nodiscard]] std::size_t resident_chunks() const noexcept;
+
+  void check_invariants() const;
+
+ private:
+  enum class State : std::uint8_t { absent, loading, resident };
+  struct User;
+  struct Chunk {
+    Id id = 0;
+    Kind kind = Kind::memory;
+    State state = State::absent;
+    std::size_t bytes = 0;
+    std::size_t requested = 0;
+    std::uint32_t holder = 0;
+    std::vector<Address> places;
+    std::optional<PhysicalMemory> physical;
+    std::vector<User*> users;
+    Fence fence = 0;  // of users that are gone
+    Clock::time_point last_use;
+  };
+  struct User {
+    std::vector<Chunk*> chunks;
+    std::size_t missing = 0;  // count of chunks that are not resident
+    std::size_t busy = 0;
+    bool awake = false;
+    bool evictable = false;
+    int priority = 0;
+    Fence fence = 0;
+    Clock::time_point last_use;
+  };
+  struct Region {
+    AddressRange range;
+    std::vector<Id> chunks;
+  };
+
+  template <class Map>
+  [[nodiscard]] static auto& find(Map& map, Id id);  // throws InvalidPointer
+  void make_present(Chunk& chunk);
+  void make_absent(Chunk& chunk) noexcept;
+  void clear(Chunk& chunk) noexcept;
+  [[nodiscard]] bool settle(const Chunk& chunk, bool may_throw) const;
+  void activate(Chunk& chunk);
+  void deactivate(Chunk& chunk) noexcept;
+  [[nodiscard]] bool someone_else_is_busy(const User& user) const noexcept;
+  template <class Eligible>
+  std::size_t drop(std::size_t bytes, const Eligible& eligible) noexcept;
+
+  VirtualMemory& memory_;
+  Fences& fences_;
+  WeightBudget& budget_;
+  Id last_ = 0;
+  std::map<Id, Chunk> chunks_;
+  std::map<Id, User> users_;
+  std::map<Id, Region> regions_;
+  std::size_t reserved_ = 0;
+  std::size_t active_ = 0;
+  std::size_t files_ = 0;
+  std::size_t requested_ = 0;
+};
+
+}  // namespace glake
