@@ -127,11 +127,10 @@ class Pool:
     Thread-safe. A child of fork() cannot use it (`ForkedProcessError`), nor sessions that are on it.
 
     Args:
-        device: "cpu", "cuda:N", or "cuda" for "cuda:0";
-N as CUDA counts in this process(CUDA_VISIBLE_DEVICES).limit : a hard bound on the memory that the pool holds,
-    idle memory and mapped weights included : bytes,
-                                              or text such as "4GiB".None : all memory of the machine,
-                                              or of its control group if that is less; on CUDA all memory of the device.
+        device: "cpu", "cuda:N", or "cuda" for "cuda:0"; N as CUDA counts in this process (CUDA_VISIBLE_DEVICES).
+        limit: a hard bound on the memory that the pool holds, idle memory and mapped weights
+            included: bytes, or text such as "4GiB". None: all memory of the machine, or of its
+            control group if that is less; on CUDA all memory of the device.
         debug: find wrong accesses, much slower (docs/debugging.md). True: large allocations lie between unmapped
             guards, small ones between canaries that are checked at every free. "guard": every allocation lies
             between guards.
@@ -170,8 +169,7 @@ N as CUDA counts in this process(CUDA_VISIBLE_DEVICES).limit : a hard bound on t
             limit_here = _limit_on(self._device, asked)
             mode = "guard" if debug == "guard" else "on" if debug else "off"
             try:
-                pool
-  .configure(mode, wipe, _ignore_streams)
+                pool.configure(mode, wipe, _ignore_streams)
             except PoolInUseError as error:
                 raise PoolInUseError(
                     "debug cannot be switched while memory of the pool is in use: drop the sessions of the earlier "
@@ -412,8 +410,7 @@ N as CUDA counts in this process(CUDA_VISIBLE_DEVICES).limit : a hard bound on t
     def label(self, name: str) -> Iterator[None]:
         """Name what this thread allocates inside the `with` block, on any device, after `name`.
 
-        Errors, statistics and traces say under that name who holds memory. Blocks nest;
-each thread has its own.
+        Errors, statistics and traces say under that name who holds memory. Blocks nest; each thread has its own.
 
         Raises `InputError` if the name is not a text, or is empty.
         """
@@ -527,8 +524,7 @@ each thread has its own.
             if self._pool is None:
                 return
             try:
-                stats
-      = self.stats()
+                stats = self.stats()
                 if stats.active:
                     error = PoolInUseError.close(stats.active, stats.weights)
                     if self._debug:
@@ -553,8 +549,7 @@ each thread has its own.
     ) -> None:
         """Close the pool. When an error is on its way, a pool in use stays open rather than hide it."""
         try:
-            self
-.close()
+            self.close()
         except PoolInUseError:
             if error is None:
                 raise

@@ -35,6 +35,7 @@ _HOMES = {
     "PoolInUseError": "allocators.errors",
     "PoolStats": "allocators.pool",
     "StorageFullError": "allocators.errors",
+    "Runtime": "models.runtime",
     "Store": "store",
     "StoreError": "allocators.errors",
     "UnsupportedVersionError": "allocators.errors",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from glake_infer.models.manifest import Value
     from glake_infer.models.model import Model, ModelMemory, load
     from glake_infer.models.package import Package
+    from glake_infer.models.runtime import Runtime
     from glake_infer.store import Store
 
 

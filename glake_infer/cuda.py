@@ -1,4 +1,4 @@
-"""The three things that device arrays need of the CUDA driver: wait for a stream, copy to the host, ask whose a pointer is.
+"""What device arrays and transfers need of the CUDA driver: streams, copies, pinned memory, whose a pointer is.
 
 Through cuda-python, on the device's primary context, which ONNX Runtime and PyTorch use too. The context is current on
 the calling thread only inside these functions.
@@ -47,6 +47,77 @@ def device_of(address: int) -> int:
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     result = driver.cuPointerGetAttribute(attribute, address)
     return int(_check("cuPointerGetAttribute", result, f"asking whose the address {address:#x} is"))
+
+
+def new_stream(index: int) -> int:
+    """Return the handle of a new stream on GPU `index` that waits for no other. Raises DriverError."""
+    driver = _driver()
+    with _context(index):
+        flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(_check("cuStreamCreate", driver.cuStreamCreate(flag), f"making a stream on cuda:{index}"))
+
+
+def destroy_stream(index: int, stream: int) -> None:
+    """Destroy a stream, whose work is still done. Raises DriverError."""
+    driver = _driver()
+    with _context(index):
+        _check("cuStreamDestroy", driver.cuStreamDestroy(stream), "destroying a stream")
+
+
+def queue_to_device(index: int, address: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from the host's address `source` to `address` on GPU `index`.
+
+    The source stays as it is until the stream has passed the copy (where it is not pinned, until this returns).
+    """
+    driver = _driver()
+    with _context(index):
+        what = f"copying {size} bytes from the host to cuda:{index}"
+        _check("cuMemcpyHtoDAsync", driver.cuMemcpyHtoDAsync(address, source, size, stream), what)
+
+
+def queue_to_host(index: int, target: int, address: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes at `address` on GPU `index` to the host's address `target`."""
+    driver = _driver()
+    with _context(index):
+        what = f"copying {size} bytes from cuda:{index} to the host"
+        _check("cuMemcpyDtoHAsync", driver.cuMemcpyDtoHAsync(target, address, size, stream), what)
+
+
+def allocate_pinned(index: int, size: int) -> int:
+    """Return the address of `size` bytes of page-locked host memory (0.6 s for a GiB). Raises DriverError."""
+    driver = _driver()
+    with _context(index):
+        what = f"page-locking {size} bytes of host memory (see `ulimit -l`, and what the machine has free)"
+        return int(_check("cuMemHostAlloc", driver.cuMemHostAlloc(size, 0), what))
+
+
+def free_pinned(index: int, address: int) -> None:
+    """Give back what `allocate_pinned` returned; nothing queued may use it any more. Raises DriverError."""
+    driver = _driver()
+    with _context(index):
+        _check("cuMemFreeHost", driver.cuMemFreeHost(address), "giving page-locked memory back")
+
+
+def free_memory(index: int) -> int:
+    """Bytes of memory that GPU `index` has free, as its driver counts. Raises DriverError."""
+    driver = _driver()
+    with _context(index):
+        result = driver.cuMemGetInfo()
+        _check("cuMemGetInfo", (result[0],), f"asking how much memory cuda:{index} has free")
+        return int(result[1])
+
+
+@contextlib.contextmanager
+def captures_left_alone() -> Iterator[None]:
+    """Let this thread wait, and page-lock memory, inside the block without ending CUDA graph captures of others."""
+    driver = _driver()
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    result = driver.cuThreadExchangeStreamCaptureMode(relaxed)
+    before = _check("cuThreadExchangeStreamCaptureMode", result, "leaving captures alone")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def _driver() -> Any:

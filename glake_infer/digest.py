@@ -8,7 +8,8 @@ Source: the BLAKE3 paper, https://github.com/BLAKE3-team/BLAKE3-specs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from blake3 import blake3
@@ -70,3 +71,36 @@ def digest_of_file(path: str | os.PathLike[str]) -> str:
         return digest_of_range(fd, 0, os.fstat(fd).st_size)[0]
     finally:
         os.close(fd)
+
+
+def digests_of_pieces(buffers: Iterable[Buffer], size: int) -> tuple[str, str, int]:
+    """Digest of all bytes, the digests of each `size` bytes of them one after the other, and how many there were.
+
+    Each buffer need only be valid until the next one is asked for.
+    """
+    state, done = blake3(max_threads=blake3.AUTO), 0
+    digests: list[str] = []
+    begun = blake3()
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        for buffer in buffers:
+            view = memoryview(buffer).cast("B")
+            head = min(-done % size, len(view))  # what is missing of the piece that was begun
+            tail = (len(view) - head) % size
+            whole = range(head, len(view) - tail, size)
+            found = threads.map(lambda start, v=view: digest_of_piece(v[start : start + size]), whole)
+            state.update(view)
+            begun.update(view[:head])
+            done += len(view)
+            if head and not (done - (len(view) - head)) % size:
+                digests.append(begun.hexdigest())
+                begun = blake3()
+            digests += found
+            begun.update(view[len(view) - tail :])
+    if done % size:
+        digests.append(begun.hexdigest())
+    return state.hexdigest(), "".join(digests), done
+
+
+def digest_of_piece(data: Buffer) -> str:
+    """Like `digest_of`, in one thread."""
+    return blake3(data).hexdigest()

@@ -1,128 +1,562 @@
-"""Residency: which weights have an address on a device, and who needs them.
+"""Residency: which weights have an address on a device, who needs them, and what is there now.
 
-Per pool a table digest -> (address, bytes, references). Two models with an equal weight get the same
-address: one read-only mapping of the store's object, so the operating system holds its pages once for all
-sessions of all processes. Bytes are read and their digest checked when a weight becomes resident.
+Per pool a table digest -> (address, state, references, bytes). Two models with an equal weight get the same address.
+Models come and go as holdings (`Residency.hold`); a holding is used (`with holding:`) around whatever touches its
+weights, and may be suspended: then memory that no other awake holding needs goes back to the system, while every address
+stays, and the next use brings the same bytes back to it.
+
+On the host a weight is a read-only mapping of the store's object, so the operating system holds its pages once for all
+processes. On a device weights are copied into memory of their own (glake_infer/layout.py says how they lie there), which
+is read-only once it is written. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
+
+Bytes are read and their digest checked before a weight is used for the first time, and again whenever its file has
+changed since (inode, size, or times).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
-from collections.abc import Iterable, Iterator
+import time
+import weakref
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
+from glake_infer import layout
 from glake_infer.allocators.errors import StoreError
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range
 from glake_infer.store import ObjectFolder
+from glake_infer.transfers import Device, Part, device_for
+
+if TYPE_CHECKING:
+    from glake_infer.allocators import _native
+
+HostCopy = Literal["store", "pinned"]
+PAGE = 4096
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used."""
+    """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used.
+
+    `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by.
+    """
 
     digest: str
     length: int
     mapped: int
     folder: ObjectFolder
+    group: Hashable = None
+    pieces: tuple[str, ...] = ()
+    edges: tuple[int, ...] = ()
 
 
 class AlteredObjectError(StoreError):
     """An object's bytes are not those that its name promises; `digest` names it. Nothing was mapped for it."""
 
-    def __init__(self, digest: str, path: object) -> None:
+    def __init__(self, digest: str, path: object, error: OSError | None = None) -> None:
         """State which object it was; models/package.py adds which packages are hurt."""
-        super().__init__(f"{path} does not hold the bytes that its name stands for (or is gone).")
+        super().__init__(
+            f"{path} cannot be read: {error.strerror}."
+            if error
+            else f"{path} does not hold the bytes that its name stands for."
+        )
         self.digest = digest
+        self.unreadable = error is not None
+
+
+@dataclass
+class _Region:
+    """A reservation of addresses, or a small block of the pool."""
+
+    number: int
+    """Of the native pool; 0 for a block."""
+    address: int
+    chunks: tuple[int, ...]
+    sizes: tuple[int, ...]
+    parted: layout.Item | None = None
+    parts: dict[int, list[Part]] = field(default_factory=dict)
+    """What fills each chunk, at its address in this region."""
+    entries: set[str] = field(default_factory=set)
+    references: int = 0
 
 
 @dataclass
 class _Entry:
+    wanted: Wanted
     address: int
-    length: int
-    mapped: int
-    references: int = 0
+    region: _Region
+    chunks: tuple[int, ...]
     users: dict[int, int] = field(default_factory=dict)
+    """References by the number of the model."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What a holding weighs now, in bytes."""
+
+    shared: int
+    """Weights that other models use too."""
+    own: int
+    asleep: int
+    """Memory that the next use has to bring back first."""
+    pinned: int
+    """Page-locked host memory that keeps copies for that."""
+    shared_with: dict[int, int]
+    """Other models (by number) -> bytes of weights that they use too."""
 
 
 class Residency:
-    """The table of one pool. Thread-safe; loads of different threads check bytes one after the other."""
-
-    def __init__(self) -> None:
-        """Make an empty table; use `Residency.of(pool)` to get a pool's one."""
-        self._entries: dict[str, _Entry] = {}
-        self._lock = threading.RLock()
+    """The table of one pool. Thread-safe; of several threads that bring weights in, one places and checks at a time."""
 
     _tables: ClassVar[WeakKeyDictionary[Pool, Residency]] = WeakKeyDictionary()
     _tables_lock = threading.Lock()
 
+    def __init__(self, pool: Pool, copies: bool) -> None:
+        """Make an empty table; use `Residency.of(pool)` to get a pool's one."""
+        self._native: _native.Pool = pool._open()
+        self._device: Device = device_for(pool.device)
+        self._copies = copies
+        self._lock = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+        self._regions: dict[int, _Region] = {}
+        self._owners: dict[int, list[_Region]] = {}  # chunk -> the regions that have it
+        self._pinning = threading.Lock()
+        self._pinned: dict[int, tuple[int, int, set[int]]] = {}  # chunk -> copy, bytes, holdings that want it
+        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._rate = 0.0  # bytes per second of the last load
+        numbers = self._numbers = set[int]()
+        weakref.finalize(self, _remove_regions, self._native, numbers).atexit = False
+
     @classmethod
-    def of(cls, pool: Pool) -> Residency:
-        """Return the table of `pool`."""
+    def of(cls, pool: Pool, *, copies: bool | None = None) -> Residency:
+        """Return the table of `pool`. `copies`: whether weights are copied, not mapped; by default on devices alone."""
         with cls._tables_lock:
-            return cls._tables.setdefault(pool, cls())
+            table = cls._tables.get(pool)
+            if table is None:
+                table = cls._tables[pool] = cls(pool, pool.device != "cpu" if copies is None else copies)
+            return table
 
-    def acquire(self, pool: Pool, wanted: Iterable[Wanted], user: int) -> dict[str, int]:
-        """Make weights resident and count a reference of `user` (any number that names a model) on each.
+    def hold(
+        self,
+        wanted: Iterable[Wanted],
+        user: int,
+        *,
+        evictable: bool = False,
+        priority: int = 0,
+        host_copy: HostCopy = "store",
+    ) -> Holding:
+        """Give weights addresses and count a reference of `user` (a number that names the model) on each.
 
-        Returns {digest: address}. Raises AlteredObjectError (bytes are wrong or gone) or OutOfMemoryError (the
-        pool's limit); then every reference that this call had taken is given back.
+        They are absent until the holding is used for the first time, unless another has them there. Raises
+        AlteredObjectError (bytes are wrong or gone), OutOfMemoryError or DriverError; then nothing is held.
         """
-        taken: dict[str, int] = {}
+        items = {item.digest: item for item in wanted}
+        for item in items.values():
+            self._verify(item)
         with self._lock:
-            try:
-                for item in wanted:
-                    if item.digest in taken:
-                        continue
-                    entry = self._entries.get(item.digest)
-                    if entry is None:
-                        entry = self._entries[item.digest] = self._load(pool, item)
-                    entry.references += 1
-                    entry.users[user] = entry.users.get(user, 0) + 1
-                    taken[item.digest] = entry.address
-            except BaseException:
-                self.release(pool, taken, user)
-                raise
-        return taken
-
-    def release(self, pool: Pool, digests: Iterable[str], user: int) -> None:
-        """Give references back; a weight without any is unmapped."""
-        with self._lock:
-            for digest in list(digests):
-                entry = self._entries[digest]
-                entry.references -= 1
-                entry.users[user] -= 1
-                if not entry.users[user]:
-                    del entry.users[user]
-                if not entry.references:
-                    del self._entries[digest]
-                    if entry.mapped:
-                        pool.unmap_file(entry.address)
+            self._sweep()
+            missing = [item for item in items.values() if item.digest not in self._entries]
+            self._place(missing)
+            entries = [self._entries[digest] for digest in items]
+            chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
+            number = self._native.add_user(chunks, evictable, priority)
+            for entry in entries:
+                entry.users[user] = entry.users.get(user, 0) + 1
+                entry.region.references += 1
+            addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
+            return Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
 
     def users(self) -> dict[str, tuple[int, frozenset[int]]]:
-        """{digest: (bytes, the models that use it)} of everything resident."""
+        """{digest: (bytes, the models that use it)} of everything that models hold, awake or asleep."""
         with self._lock:
-            return {d: (e.mapped, frozenset(e.users)) for d, e in self._entries.items()}
+            return {d: (e.wanted.mapped, frozenset(e.users)) for d, e in self._entries.items() if e.users}
 
-    def _load(self, pool: Pool, item: Wanted) -> _Entry:
-        with _checked(item) as fd:
-            address = pool.map_file(fd, item.mapped) if item.mapped else 0
-        return _Entry(address, item.length, item.mapped)
+    def users_of(self, digest: str) -> list[int]:
+        """The models that hold a weight."""
+        with self._lock:
+            return list(self._entries[digest].users) if digest in self._entries else []
 
+    @property
+    def rate(self) -> float:
+        """Bytes per second of the last load that was large enough to tell; 0 before."""
+        return self._rate
 
-def check_objects(wanted: Iterable[Wanted]) -> None:
-    """Check the bytes of weights that somebody else is about to read from the store, each of them once.
+    # Placing.
 
-    As for weights that become resident, all bytes are read (which also brings them into memory for the reader).
-    Raises AlteredObjectError.
-    """
-    for item in {item.digest: item for item in wanted}.values():
+    def _place(self, missing: list[Wanted]) -> None:
+        placed: list[_Region] = []
+        try:
+            if not self._copies:
+                self._place_files(missing, placed)
+                return
+            granule = self._native.granularity
+            total = sum(-(-item.mapped // layout.ALIGNMENT) * layout.ALIGNMENT for item in missing)
+            if 0 < total < granule // 2:
+                placed.append(self._place_block(missing, total))
+                return
+            by_digest = {item.digest: item for item in missing}
+            items = [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in missing if i.mapped]
+            for region in layout.plan(items, granule, self._twin_of):
+                placed.append(self._place_region(region, by_digest))
+            if len(items) < len(missing):  # weights without bytes
+                placed.append(self._enter([i for i in missing if not i.mapped], _Region(0, 0, (), ())))
+        except BaseException:
+            for made in placed:
+                self._remove(made)
+            raise
+
+    def _place_files(self, missing: list[Wanted], placed: list[_Region]) -> None:
+        """A region each: files are mapped by themselves, and a weight goes when its last user does."""
+        for item in missing:
+            if not item.mapped:
+                placed.append(self._enter([item], _Region(0, 0, (), ())))
+                continue
+            size = -(-item.mapped // PAGE) * PAGE
+            number, address, chunks = self._native.place_weights([(size, item.mapped, 0)], True)
+            self._numbers.add(number)
+            part = Part(item.folder.path(item.digest), 0, item.mapped, address)
+            region = _Region(number, address, tuple(chunks), (size,), parts={chunks[0]: [part]})
+            placed.append(self._enter([item], region))
+
+    def _place_block(self, missing: list[Wanted], total: int) -> _Region:
+        """Weights that together take less than half a granule: a block of the pool, which stays while they are used."""
+        address = self._native.allocate(total, "weights")
+        region, position = _Region(0, address, (), ()), address
+        parts = []
+        for item in missing:
+            self._enter([item], region, position)
+            parts.append(Part(item.folder.path(item.digest), 0, item.mapped, position))
+            position += -(-item.mapped // layout.ALIGNMENT) * layout.ALIGNMENT
+        try:
+            self._device.load(parts)
+        except BaseException as error:
+            self._remove(region)
+            self._raise_altered(error, missing)
+            raise
+        return region
+
+    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted]) -> _Region:
+        twin = self._twin_region(planned.parted) if planned.parted else None
+        pieces = [
+            (size, used, twin.chunks[shared] if twin and shared is not None else 0)
+            for size, used, shared in zip(planned.chunks, planned.used, planned.shared, strict=True)
+        ]
+        number, address, chunks = self._native.place_weights(pieces, False)
+        self._numbers.add(number)
+        region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted)
+        for digest, offset in planned.offsets.items():
+            self._enter([by_digest[digest]], region, address + offset)
+        starts = [sum(planned.chunks[:i]) for i in range(len(chunks))]
+        spans = [
+            (offset, by_digest[digest].mapped, by_digest[digest].folder.path(digest))
+            for digest, offset in sorted(planned.offsets.items(), key=lambda each: each[1])
+        ]
+        first = 0
+        for chunk, start, size in zip(chunks, starts, planned.chunks, strict=True):
+            while first < len(spans) and spans[first][0] + spans[first][1] <= start:
+                first += 1
+            parts = []
+            for offset, length, path in spans[first:]:
+                if offset >= start + size:
+                    break
+                begin, end = max(start, offset), min(start + size, offset + length)
+                if begin < end:
+                    parts.append(Part(path, begin - offset, end - begin, address + begin))
+            region.parts[chunk] = parts
+        return region
+
+    def _enter(self, items: Sequence[Wanted], region: _Region, address: int | None = None) -> _Region:
+        starts = [region.address + sum(region.sizes[:i]) for i in range(len(region.sizes))]
+        for item in items:
+            place = region.address if address is None else address
+            chunks = tuple(
+                chunk
+                for chunk, start, size in zip(region.chunks, starts, region.sizes, strict=True)
+                if start < place + item.mapped and place < start + size
+            )
+            self._entries[item.digest] = _Entry(item, place, region, chunks)
+            region.entries.add(item.digest)
+        if region.number and region.number not in self._regions:
+            self._regions[region.number] = region
+            for chunk in region.chunks:
+                self._owners.setdefault(chunk, []).append(region)
+        return region
+
+    def _twin_of(self, item: layout.Item) -> layout.Twin | None:
+        region = self._twin_region(item)
+        return layout.Twin(region.parted, region.sizes) if region and region.parted else None
+
+    def _twin_region(self, item: layout.Item) -> _Region | None:
+        """The placed weight with the most equal pieces, if there are any."""
+
+        def equal(region: _Region) -> int:
+            theirs = region.parted.pieces if region.parted else ()
+            return sum(a == b for a, b in zip(item.pieces, theirs, strict=False))
+
+        best = max(self._regions.values(), key=equal, default=None)
+        return best if best is not None and equal(best) else None
+
+    # Letting go.
+
+    def _release(self, holding: Holding) -> None:
+        with self._lock:
+            self._native.remove_user(holding._number)
+            for chunk in holding.chunks:
+                if kept := self._pinned.get(chunk):
+                    kept[2].discard(holding._number)
+                    if not kept[2]:
+                        self._device.forget(self._pinned.pop(chunk)[0])
+            for digest in holding.addresses:
+                entry = self._entries[digest]
+                entry.region.references -= 1
+                entry.users[holding.user] -= 1
+                if not entry.users[holding.user]:
+                    del entry.users[holding.user]
+                if not entry.region.references and not (self._copies and entry.region.number):
+                    self._remove(entry.region)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Forget regions that nobody needs and that the pool has emptied."""
+        for region in list(self._regions.values()):
+            if not region.references and not self._native.resident_in(region.number):
+                self._remove(region)
+
+    def _remove(self, region: _Region) -> None:
+        if region.number:
+            self._native.remove_region(region.number)
+            self._numbers.discard(region.number)
+            self._regions.pop(region.number, None)
+            for chunk in region.chunks:
+                self._owners[chunk].remove(region)
+                if not self._owners[chunk]:
+                    del self._owners[chunk]
+        elif region.address:
+            self._native.deallocate(region.address)
+        for digest in region.entries:
+            self._entries.pop(digest, None)
+
+    # Bringing in.
+
+    def _bring(self, holding: Holding, chunks: list[int]) -> None:
+        """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
+        native, number = self._native, holding._number
+        items: list[Wanted] = []
+        start = time.perf_counter()
+        try:
+            with self._lock:
+                copies = []
+                parts: list[Part] = []
+                for chunk in chunks:
+                    if kept := self._pinned.get(chunk):
+                        copies.append((native.address_of(chunk), kept[0], kept[1]))
+                    else:
+                        parts += self._owners[chunk][0].parts[chunk]
+                items = [self._entries[d].wanted for d in dict.fromkeys(part.path.name for part in parts)]
+            for item in items:
+                self._verify(item)
+            if self._copies:
+                if copies:
+                    self._device.restore(copies)
+                if parts:
+                    self._device.load(parts)
+            else:
+                for chunk, part in zip(chunks, parts, strict=True):
+                    with open(part.path, "rb") as file:  # noqa: PTH123
+                        native.map_weights(chunk, file.fileno(), part.size)
+            for item in items:  # not while they were read, either
+                self._verify(item)
+            native.loaded(number, chunks)
+        except BaseException as error:
+            native.load_failed(number, chunks)
+            self._raise_altered(error, items)
+            raise
+        done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
+        if self._copies and done > 64 << 20:
+            self._rate = done / (time.perf_counter() - start)
+
+    def _verify(self, item: Wanted) -> None:
+        """Check an object's bytes, unless they were checked and the file has not changed since."""
+        path = item.folder.path(item.digest)
+        try:
+            if self._verified.get(path) == (seen := _seal(path, item.length)):
+                return
+        except OSError as error:
+            raise AlteredObjectError(item.digest, path, error) from error
         with _checked(item):
-            pass
+            self._verified[path] = seen
+
+    @staticmethod
+    def _raise_altered(error: BaseException, items: Iterable[Wanted]) -> None:
+        """Turn the failure to read an object's file into our error."""
+        if not isinstance(error, OSError) or error.filename is None:
+            return
+        for item in items:
+            path = item.folder.path(item.digest)
+            if str(path) == str(error.filename):
+                raise AlteredObjectError(item.digest, path, error) from error
+
+    def _keep_copies(self, holding: Holding) -> None:
+        """Make page-locked copies of what a holding that is in use has, where there are none."""
+        with self._pinning:
+            for chunk in holding.chunks:
+                with self._lock:
+                    if kept := self._pinned.get(chunk):
+                        kept[2].add(holding._number)
+                        continue
+                    region = self._owners[chunk][0]
+                size = region.sizes[region.chunks.index(chunk)]
+                made = self._device.keep(self._native.address_of(chunk), size)
+                with self._lock:
+                    self._pinned[chunk] = (made, size, {holding._number})
+
+    def _weigh(self, holding: Holding) -> Weighed:
+        with self._lock:
+            shared = own = 0
+            others: dict[int, int] = {}
+            for digest in holding.addresses:
+                entry = self._entries[digest]
+                size = entry.wanted.mapped
+                if len(entry.users) > 1:
+                    shared += size
+                    for user in entry.users:
+                        if user != holding.user:
+                            others[user] = others.get(user, 0) + size
+                else:
+                    own += size
+            pinned = sum(self._pinned[c][1] for c in holding.chunks if c in self._pinned)
+            missing = 0 if holding.closed else int(self._native.user(holding._number)["missing"])
+            return Weighed(shared, own, missing, pinned, others)
+
+
+class Holding:
+    """A model's weights. Any thread may use it, several at a time.
+
+    `addresses`: digest -> address, which stay as they are until `close`. Whatever reads them does so inside `with
+    holding:`, which first brings back what is not there; the work on the device must be queued when the block ends. A
+    use raises what `Residency.hold` does, with the holding as it was.
+    """
+
+    def __init__(
+        self,
+        table: Residency,
+        native: _native.Pool,
+        number: int,
+        user: int,
+        addresses: dict[str, int],
+        chunks: tuple[int, ...],
+        host_copy: HostCopy,
+    ) -> None:
+        """Use `Residency.hold`."""
+        self._table = table
+        self._native = native
+        self._number = number
+        self.user = user
+        self.addresses = addresses
+        self.chunks = chunks
+        self.host_copy = host_copy
+        self.closed = False
+        self._kept = False
+        self._keeping = threading.Lock()
+
+    def __enter__(self) -> Holding:
+        """Begin a use: waits for room while other uses go on, and for what other threads load."""
+        if chunks := self._native.begin_use(self._number):
+            self._table._bring(self, chunks)
+        if self.host_copy == "pinned" and not self._kept and self._table._copies:
+            try:
+                with self._keeping:
+                    if not self._kept:
+                        self._table._keep_copies(self)
+                        self._kept = True
+            except BaseException:
+                self._native.end_use(self._number)
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End a use."""
+        self._native.end_use(self._number)
+
+    def suspend(self) -> int:
+        """Wait for uses in progress, then give back what no other awake holding needs; returns the bytes.
+
+        Raises DriverError where the device does not answer; then nothing has gone.
+        """
+        return self._native.suspend(self._number)
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it was suspended, or not yet used. What the pool took by itself is in `weigh().asleep`."""
+        return not self._native.user(self._number)["awake"]
+
+    @property
+    def idle_seconds(self) -> float:
+        """Since the end of the last use; 0 during one."""
+        return float(self._native.user(self._number)["idle_seconds"])
+
+    @property
+    def busy(self) -> bool:
+        """Whether uses are in progress."""
+        return bool(self._native.user(self._number)["busy"])
+
+    def set_policy(self, *, evictable: bool, priority: int) -> None:
+        """Let the pool take its memory while it is idle, lower priorities first, or do not."""
+        self._native.set_policy(self._number, evictable, priority)
+
+    def weigh(self) -> Weighed:
+        """Its bytes now."""
+        return self._table._weigh(self)
+
+    def close(self) -> None:
+        """Give the references back; nothing may read the addresses any more. Closing twice is fine."""
+        with self._table._lock:
+            if not self.closed:
+                self.closed = True
+                self._table._release(self)
+
+
+def _remove_regions(native: _native.Pool, numbers: set[int]) -> None:
+    """Take back the addresses of a table that is gone."""
+    for number in numbers:
+        with contextlib.suppress(Exception):
+            native.remove_region(number)
+
+
+def drop_pages(paths: Iterable[Path]) -> None:
+    """Let go of pages of these files that this process has mapped by itself: they are read again when they are touched.
+
+    Only of mappings that nothing was written to.
+    """
+    names = {str(path) for path in paths}
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    dont_need = 4
+    span: tuple[int, int] | None = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head, _, rest = line.partition(" ")
+        if "-" in head and not head.endswith(":"):
+            start, _, end = head.partition("-")
+            name = rest.split(maxsplit=4)[-1] if rest.count(" ") >= 4 else ""
+            span = (int(start, 16), int(end, 16)) if name.strip() in names else None
+        elif head == "Anonymous:" and span and rest.split()[0] == "0":
+            libc.madvise(span[0], span[1] - span[0], dont_need)
+
+
+def _seal(path: Path, length: int) -> tuple[int, ...]:
+    """What changes when somebody writes to a file."""
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, length)
 
 
 @contextlib.contextmanager
@@ -132,7 +566,7 @@ def _checked(item: Wanted) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise AlteredObjectError(item.digest, path) from error
+        raise AlteredObjectError(item.digest, path, error) from error
     try:
         digest, length = digest_of_range(fd, 0, item.length + 1)
         if digest != item.digest or length != item.length:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glake_infer import cuda
 from glake_infer.allocators.errors import GlakeError
-from glake_infer.models import cuda
 from glake_infer.models.interchange import DLPACK_CPU, DLPACK_CUDA, Borrowed, correct_bool
 
 if TYPE_CHECKING:

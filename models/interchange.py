@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from glake_infer import cuda
 from glake_infer.allocators.errors import InputError
-from glake_infer.models import cuda
 
 DLPACK_CPU, DLPACK_CUDA, DLPACK_CUDA_HOST, DLPACK_CUDA_MANAGED = 1, 2, 3, 13
 BOOL = 6

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import onnx
 
+from glake_infer import cuda
 from glake_infer.allocators.attach import Initializer, import_onnxruntime
 from glake_infer.allocators.devices import parse_device
 from glake_infer.allocators.errors import (
@@ -28,13 +29,17 @@ from glake_infer.allocators.errors import (
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
-from glake_infer.models import cuda
+from glake_infer.allocators.sizes import format_bytes
+from glake_infer.allocators.snapshot import Range
 from glake_infer.models.device_array import DeviceArray
+from glake_infer.models.gate import Gate
 from glake_infer.models.graph import all_nodes, initializers, is_external
 from glake_infer.models.interchange import Borrowed
+from glake_infer.models.kin import hints
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
-from glake_infer.models.prepare import Prepared, PreparedWeight, forget, padded, prepare
+from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
+from glake_infer.models.session import guarded_session
 from glake_infer.models.values import (
     DTYPES,
     FOREIGN,
@@ -44,7 +49,7 @@ from glake_infer.models.values import (
     to_ort_value,
     value_of_argument,
 )
-from glake_infer.residency import AlteredObjectError, Residency, Wanted, check_objects
+from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Residency, Wanted, drop_pages
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
@@ -60,18 +65,35 @@ SESSION_BYTES = 1 << 20
 """What a session takes from the pool for small weights and slabs when it is built, beside the graph's own bytes."""
 
 _numbers = itertools.count(1)
+_by_number: weakref.WeakValueDictionary[int, Model] = weakref.WeakValueDictionary()
+
+
+def _is_awake(number: int) -> bool:
+    model = _by_number.get(number)
+    return model is not None and model._holding is not None and not model._closed and not model.suspended
 
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """Where a model's weights are, in bytes. Other models may hold what is shared."""
+    """Where a model's weights are, and what else it holds, in bytes. Other models may hold what is shared."""
 
     shared: int
     """Weights that another loaded model uses too, held once for all of them."""
     own: int
-    """Weights that only this model uses, mapped from the store."""
+    """Weights that only this model uses."""
     private: int
-    """Copies that the session made for itself in the pool: small weights and what could not be shared; on a GPU, all."""
+    """Copies that the session made for itself in the pool: small weights and what could not be shared."""
+    asleep: int = 0
+    """Memory of its weights that is not there now: the next run, or `resume`, brings it back."""
+    waking: float | None = None
+    """Seconds that this would take at the rate of the last load; None where nothing was loaded yet."""
+    pinned: int = 0
+    """Page-locked host memory that keeps copies of weights (`host_copy="pinned"`)."""
+    libraries: int = 0
+    """On a GPU: what the session made CUDA's libraries take outside the pool when it was built (cuBLAS and cuDNN
+    handles with their workspaces, code of kernels), as the driver counts. The first run takes more."""
+    shared_with: Mapping[str, int] = field(default_factory=dict)
+    """Other loaded models, by name, and the bytes of weights that each of them uses too."""
 
 
 class Model:
@@ -83,26 +105,35 @@ class Model:
     name: str
     """The package's folder name without `.glake`."""
     session: ort.InferenceSession
-    """The session. Whoever keeps a reference beyond `close()` keeps the weights mapped."""
+    """The session. Whoever keeps a reference beyond `close()` keeps the weights. Its `run` methods wake a model that
+    sleeps, as ours do; code that goes around them (`session._sess`, a C++ library) must not run while it does."""
 
-    def __init__(self, package: Package, pool: Pool, sharing: Sharing) -> None:
+    def __init__(self, package: Package, pool: Pool, sharing: Sharing, host_copy: HostCopy = "store") -> None:
         """Use `load`; this only makes the empty shell."""
         self.package = package
         self.pool = pool
         self.sharing = sharing
-        self.notes: tuple[str, ...] = ()
+        self.host_copy: HostCopy = host_copy
+        self._notes: tuple[str, ...] = ()
         self.name = package.name
         self._label = self.name or "model"  # a package may be called just ".glake"
         self._number = next(_numbers)
         self._maps = maps_weights(pool)
         self._residency = Residency.of(pool)
-        self._held: tuple[str, ...] = ()
+        self._holding: Holding | None = None
+        self._evictable = False
+        self._priority = 0
+        self._gate: Gate | None = None
+        self._mapped_by_session: dict[str, Path] = {}  # objects that ONNX Runtime maps by itself
         self._private = 0
+        self._libraries = 0
+        _by_number[self._number] = self
         self._running = 0
         self._closed = False
         self._spoiled = 0  # how many times a refused request left the session in disorder
         self._renewed = 0  # the value of _spoiled that the session was last made anew for
         self._condition = threading.Condition()
+        self._copied: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[Value]:
@@ -120,16 +151,134 @@ class Model:
         return self._outputs
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What `load` has to say: what could not be done, and what the session holds for itself."""
+        return (*self._notes, *self._copied)
+
+    @property
     def memory(self) -> ModelMemory:
         """Where this model's weights are now."""
-        users = self._residency.users()
-        shared = own = 0
-        for size, models in (users[digest] for digest in self._held if digest in users):
-            if len(models) > 1:
-                shared += size
-            else:
-                own += size
-        return ModelMemory(shared, own, self._private)
+        if self._holding is None or self._closed:
+            return ModelMemory(0, 0, 0)
+        weighed = self._holding.weigh()
+        rate = self._residency.rate
+        names: dict[str, int] = {}
+        for number, size in weighed.shared_with.items():
+            other = _by_number.get(number)
+            name = other.name if other else "a model that is being closed"
+            names[name] = max(size, names.get(name, 0))
+        return ModelMemory(
+            shared=weighed.shared,
+            own=weighed.own,
+            private=self._private,
+            asleep=weighed.asleep,
+            waking=weighed.asleep / rate if rate else None,
+            pinned=weighed.pinned,
+            libraries=self._libraries,
+            shared_with=dict(sorted(names.items())),
+        )
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the model sleeps by `suspend`. What a Runtime took from it is in `memory.asleep`."""
+        return self._holding is not None and not self._closed and self._holding.suspended
+
+    def suspend(self) -> int:
+        """Give the memory of the weights back, and the pool's idle memory; return the bytes.
+
+        The session stays alive and every address as it is; `resume`, or the next run, brings the same bytes back from
+        the store's files or from a page-locked copy (`host_copy`). Runs in progress are waited for. What another model
+        that is awake uses stays. Weights that together take less than half a granule of the device (1 MiB on CUDA),
+        what the session holds for itself, and what CUDA's libraries hold stay too.
+
+        Raises GlakeError after `close()`, DriverError (the GPU failed; the model stays awake).
+        """
+        holding = self._open_holding()
+        freed = holding.suspend()
+        if self._mapped_by_session:
+            drop_pages(
+                path
+                for digest, path in self._mapped_by_session.items()
+                if not any(_is_awake(number) for number in self._residency.users_of(digest))
+            )
+        return freed + self.pool.trim()
+
+    def resume(self) -> None:
+        """Bring the weights back now rather than in the next run.
+
+        Raises what a run does: OutOfMemoryError, DriverError, DigestMismatchError or StoreError (the store's file was
+        changed, or cannot be read). The model then still sleeps, and can be resumed once that is mended.
+        """
+        with self._waking(), self._open_holding():
+            pass
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its Runtime leaves it where it is. Always, for models that are in none."""
+        return not self._evictable
+
+    @pinned.setter
+    def pinned(self, value: bool) -> None:
+        if self._gate is None and not value:
+            raise InputError(
+                "only models of a Runtime are put to sleep by themselves: load it with Runtime.load."
+            )
+        self._evictable = not value
+        self._set_policy()
+
+    @property
+    def priority(self) -> int:
+        """Models of lower priority are put to sleep first by their Runtime."""
+        return self._priority
+
+    @priority.setter
+    def priority(self, value: int) -> None:
+        self._priority = value
+        self._set_policy()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since its last run ended; 0 during one."""
+        return self._open_holding().idle_seconds
+
+    @property
+    def busy(self) -> bool:
+        """Whether runs are in progress."""
+        return self._open_holding().busy
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def _set_policy(self) -> None:
+        if self._holding is not None and not self._closed:
+            self._holding.set_policy(evictable=self._evictable, priority=self._priority)
+
+    def _join(self, gate: Gate, *, pin: bool, priority: int) -> None:
+        """Become one of the models among which a Runtime shares out its memory."""
+        self._gate, self._evictable, self._priority = gate, not pin, priority
+        self._set_policy()
+
+    def _open_holding(self) -> Holding:
+        if self._closed or self._holding is None:
+            raise GlakeError(
+                f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
+            )
+        return self._holding
+
+    @contextlib.contextmanager
+    def _waking(self) -> Iterator[None]:
+        """Say what to do where a weight cannot be brought back."""
+        try:
+            yield
+        except AlteredObjectError as error:
+            if error.digest in self.package.manifest.distinct and not error.unreadable:
+                raise self.package.damaged(error.digest) from error
+            raise StoreError(
+                f"{error} The model {self.name} could not be brought back and sleeps on. Mend the store "
+                f"({self.package.store.root}), and run it again."
+            ) from error
 
     @overload
     def run(
@@ -175,10 +324,24 @@ class Model:
                         "to='host', or leave it out of `outputs`."
                     )
         checked = check_feeds(self._inputs, self._optional, feeds, self.pool.device)
+        if self._gate is None:
+            return self._run_until_sound(names, checked, to)
+        with self._gate.together() as crowded:
+            try:
+                return self._run_until_sound(names, checked, to)
+            except OutOfMemoryError as error:
+                if not crowded():
+                    raise
+                error.__traceback__ = None  # it holds the session
+        with self._gate.alone():  # the models of other runs were in the way
+            return self._run_until_sound(names, checked, to)
+
+    def _run_until_sound(self, names: list[str], checked: Mapping[str, Any], to: Place) -> dict[str, Any]:
         while True:
             begun = self._begin()
             try:
-                results = self._run_once(names, checked, to)
+                with self._waking():
+                    results = self._run_once(names, checked, to)
             except OutOfMemoryError:
                 self._spoil()
                 raise
@@ -339,6 +502,7 @@ def load(
     configure: Callable[[ort.SessionOptions], None] | None = None,
     provider_options: Mapping[str, Any] | None = None,
     store: Store | None = None,
+    host_copy: HostCopy = "store",
 ) -> Model:
     """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
@@ -349,7 +513,7 @@ def load(
         "fast": weights as ONNX Runtime computes with them (fused, folded, prepacked), derived once per machine
         and then mapped by every session of every process. "lean": weights as they are in the store, nothing
         derived that would be larger; int8 and fp16 models stay small, and runs are slower. On CUDA both are the
-        same: each session has its own weights in the pool, and optimizes the graph when it is loaded.
+        same: weights as the package's `cuda` variant has them, fused at conversion, one copy of each in the pool.
     optimization
         ONNX Runtime's graph optimization level.
     threads
@@ -362,10 +526,16 @@ def load(
         Options of the CUDA provider, beside those of `pool.providers`. For results that repeat, and compare
         with other sessions' bit for bit: `{"use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}`. What decides
         where memory comes from (`device_id`, `gpu_mem_limit`, `gpu_external_alloc`...) is the pool's matter.
+        A session has one stream of its own, on which all its runs are, unless `user_compute_stream` names another:
+        ONNX Runtime's own way, a stream and two cuBLAS handles for each run that goes on at once, costs 75 MiB more.
+    host_copy
+        On CUDA, what `Model.resume` brings weights back from: "store" reads the store's files again (page cache or
+        disk), and costs nothing; "pinned" keeps a page-locked copy, which takes as much memory of the host, 0.6 s for a
+        GiB to make at the load, and is as fast as the link. On the CPU both are the store's files.
 
     The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
-    models); later ones, in any process, map the result. On CUDA every weight's bytes are checked, and then read by
-    ONNX Runtime into the pool. Raises InputError, PackageError, DigestMismatchError (naming every package that
+    models); later ones, in any process, map the result. On CUDA every weight's bytes are checked and copied to the
+    GPU, unless another model has it there. Raises InputError, PackageError, DigestMismatchError (naming every package that
     a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError (no ONNX
     Runtime, or none for CUDA); nothing stays loaded after an error.
     """
@@ -381,6 +551,8 @@ def load(
     if optimization not in levels:
         raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
 
+    if host_copy not in ("store", "pinned"):
+        raise InputError(f"host_copy={host_copy!r}: expected 'store' or 'pinned'.")
     place = _pool_for(pool, device)
     providers = providers_of(place, provider_options)
 
@@ -398,9 +570,10 @@ def load(
     store = store or Store()
     with store.using():
         package = Package(Path(path), store)
-        model = Model(package, place, sharing)
+        model = Model(package, place, sharing, host_copy)
         package.check_present()
-        variant = "cpu-lean" if sharing == "lean" and "cpu-lean" in package.manifest.variants else "onnx"
+        preferred = "cuda" if place.device != "cpu" else "cpu-lean" if sharing == "lean" else "onnx"
+        variant = preferred if preferred in package.manifest.variants else "onnx"
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
 
@@ -434,11 +607,11 @@ def _prepared(
     package = model.package
     if not model._maps:
         if model.sharing == "lean":
-            model.notes = (
-                *model.notes,
+            model._notes = (
+                *model._notes,
                 f"sharing='lean' is the same as 'fast' on {model.pool.device}: nothing is prepacked there",
             )
-        return _as_given(package, "onnx", injected=False)
+        return _as_given(package, variant)
     try:
         with session_errors(model.pool, "preparing", model.name):
             return prepare(
@@ -448,26 +621,26 @@ def _prepared(
         raise
     except (ModelError, StoreError) as error:
         # A full or read-only disk, or a graph that ORT cannot save (sparse).
-        model.notes = (
-            *model.notes,
+        model._notes = (
+            *model._notes,
             f"not prepared, so ONNX Runtime keeps private copies of what it derives: {error}",
         )
-    return _as_given(package, variant, injected=True)
+    return _as_given(package, variant)
 
 
-def _as_given(package: Package, variant: str, *, injected: bool) -> Prepared:
+def _as_given(package: Package, variant: str) -> Prepared:
     """A variant as it is in the package, to be optimized by the session."""
     graph = package.graph(variant)
     digests = {weight.name: weight for weight in package.manifest.weights}
     weights = tuple(
-        PreparedWeight(w.name, w.digest, w.bytes, w.bytes, derived=False, injected=injected)
+        PreparedWeight(w.name, w.digest, w.bytes, w.bytes, derived=False, injected=True)
         for w in (digests[item.tensor.name] for item in initializers(graph) if is_external(item.tensor))
     )
     return Prepared(graph.SerializeToString(), weights, optimized=False)
 
 
 def maps_weights(pool: Pool) -> bool:
-    """Whether a session on this pool uses the store's weights where they are mapped; else ORT reads them itself."""
+    """Whether a session on this pool uses the store's files where they are mapped; else weights are copied to it."""
     return pool.device == "cpu"
 
 
@@ -547,53 +720,70 @@ def _build_session(
 ) -> None:
     runtime = import_onnxruntime()
     check_providers(runtime.get_available_providers(), providers)
-    store = model.package.store
-    wanted = [
-        Wanted(w.digest, w.length, w.mapped, store.prepared_objects if w.derived else store.objects)
-        for w in prepared.weights
-    ]
     pool, residency, number = model.pool, model._residency, model._number
-    addresses: dict[str, int] = {}
-    if model._maps:
-        check_limit(pool, residency, wanted, len(prepared.graph) + SESSION_BYTES)
-        addresses = residency.acquire(pool, wanted, number)
-    else:
-        check_objects(wanted)
-    give_back = functools.partial(residency.release, pool, tuple(addresses), number)
+    wanted = _wanted(model, prepared)
+    own = len(prepared.graph) + SESSION_BYTES
+    holding = residency.hold(
+        wanted,
+        number,
+        evictable=model._evictable,
+        priority=model._priority,
+        host_copy=model.host_copy,
+    )
+    stream = 0
     try:
-        if prepared.optimized:
-            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(store.root)
-        )
-        lean = model.sharing == "lean" and model._maps
-        options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
-        before = pool.stats().active
-        with session_errors(pool, "loading", model.name):
+        with holding:
+            if prepared.optimized:
+                options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(model.package.store.root)
+            )
+            lean = model.sharing == "lean" and model._maps
+            options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
             model._captures = captures_graphs(providers)
-            values = pool.attach(options, _injected(prepared, addresses), cuda_graph=model._captures)
-            try:
-                model.session = runtime.InferenceSession(
-                    prepared.graph, options, providers=providers, enable_fallback=0
+            if not model._maps and not model._captures and not _names_a_stream(providers):
+                stream = _take_stream(_index(pool.device))
+                providers = _with_stream(providers, stream)
+            before = _Before(pool, model._label)
+            with session_errors(pool, "loading", model.name):
+                values = pool.attach(
+                    options, _injected(prepared, holding.addresses), cuda_graph=model._captures
                 )
-            finally:
-                values.close()
-        try:
-            check_providers(model.session.get_providers(), providers)
-        except MissingDependencyError:
-            del model.session
-            raise
-    except OutOfMemoryError as error:
-        give_back()
-        if model._maps:
-            raise
-        raise _with_all_weights(error, prepared) from error
-    except BaseException:
-        give_back()
+                try:
+                    session = guarded_session(holding)(
+                        prepared.graph, options, providers=providers, enable_fallback=0
+                    )
+                finally:
+                    values.close()
+            check_providers(session.get_providers(), providers)
+    except BaseException as error:
+        session = None
+        holding.close()
+        if stream:
+            _give_stream_back(_index(pool.device), stream)
+        if isinstance(error, OutOfMemoryError):
+            raise _with_session(error, own) from error
         raise
-    weakref.finalize(model.session, give_back).atexit = False
-    model._held = tuple(addresses)
-    model._private = max(0, pool.stats().active - before)
+    weakref.finalize(session, _session_ended, holding, pool.device, stream).atexit = False
+    model.session = session
+    model._holding = holding
+    model._mapped_by_session = {
+        w.digest: store_path
+        for w, store_path in (
+            (
+                w,
+                (model.package.store.prepared_objects if w.derived else model.package.store.objects).path(
+                    w.digest
+                ),
+            )
+            for w in prepared.weights
+        )
+        if not w.injected
+    }
+    model._private = max(0, pool.stats().active - before.active)
+    if not model._maps:
+        model._libraries = before.libraries()
+        model._copied = tuple(before.second_copies(prepared))
     model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
     model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
     model._names = [value.name for value in model._outputs]
@@ -602,6 +792,102 @@ def _build_session(
     model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
     model._known = {value.name: value for value in (*model._inputs, *model._optional, *model._outputs)}
     model._foreign = any(value.dtype in FOREIGN for value in (*model._inputs, *model._outputs))
+
+
+def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
+    store = model.package.store
+    found = {} if model._maps else hints(model.package, (w.digest for w in prepared.weights))
+    wanted = []
+    for w in prepared.weights:
+        folder = store.prepared_objects if w.derived else store.objects
+        hint = found.get(w.digest)
+        more = (hint.group, hint.pieces, hint.edges) if hint else ()
+        wanted.append(Wanted(w.digest, w.length, w.mapped, folder, *more))
+    return wanted
+
+
+def _session_ended(holding: Holding, device: str, stream: int) -> None:
+    holding.close()
+    if stream:
+        _give_stream_back(_index(device), stream)
+
+
+_streams: dict[int, list[int]] = {}
+"""Streams of sessions that are gone, by GPU, for the next ones: a session may still end while its stream is free."""
+
+
+def _take_stream(index: int) -> int:
+    try:
+        return _streams[index].pop()
+    except (KeyError, IndexError):
+        return cuda.new_stream(index)
+
+
+def _give_stream_back(index: int, stream: int) -> None:
+    _streams.setdefault(index, []).append(stream)
+
+
+def _names_a_stream(providers: list[Any]) -> bool:
+    return any("user_compute_stream" in entry[1] for entry in providers if not isinstance(entry, str))
+
+
+def _with_stream(providers: list[Any], stream: int) -> list[Any]:
+    return [
+        (entry[0], {**entry[1], "user_compute_stream": str(stream)})
+        if not isinstance(entry, str) and entry[0] == CUDA_PROVIDER
+        else entry
+        for entry in providers
+    ]
+
+
+class _Before:
+    """What the pool and the GPU hold before a session is built, to tell what it takes."""
+
+    def __init__(self, pool: Pool, label: str) -> None:
+        self._pool = pool
+        self._label = label
+        stats = pool.stats()
+        self.active = stats.active
+        self._reserved = stats.reserved
+        self._free = 0 if pool.device == "cpu" else cuda.free_memory(_index(pool.device))
+        self._weights = self._own_weights()
+        self._known = {held.address for held in self._ranges()} if self._free else set()
+
+    def _ranges(self) -> list[Range]:
+        segments = self._pool.snapshot().segments
+        return [r for s in segments for r in s.ranges if r.state == "active" and r.tag == "weights"]
+
+    def libraries(self) -> int:
+        """Bytes of the GPU that are gone, and not in the pool."""
+        gone = self._free - cuda.free_memory(_index(self._pool.device))
+        return max(0, gone - (self._pool.stats().reserved - self._reserved))
+
+    def _own_weights(self) -> int:
+        return sum(h.bytes for h in self._pool.holders() if (h.label, h.tag) == (self._label, "weights"))
+
+    def second_copies(self, prepared: Prepared) -> list[str]:
+        """Notes on weights that ONNX Runtime put into the pool although it was given all that are large."""
+        grown = self._own_weights() - self._weights
+        if grown < SECOND_COPIES:
+            return []
+        mine = [r for r in self._ranges() if r.label == self._label and r.address not in self._known]
+        sizes = sorted((held.requested for held in mine), reverse=True)
+        names: dict[int, list[str]] = {}
+        for weight in prepared.weights:
+            names.setdefault(weight.length, []).append(weight.name)
+        told = [
+            f"{format_bytes(size)}" + (f" (as large as {names[size].pop(0)!r})" if names.get(size) else "")
+            for size in sizes[:5]
+        ]
+        return [
+            f"ONNX Runtime holds {format_bytes(grown)} of weights of its own for this session: {', '.join(told)}. It "
+            "derived them from shared ones while it optimized the graph at the load (folded, fused, or moved for a node "
+            "that runs elsewhere), or they are below 1 KiB. optimization='basic' keeps it from most of that."
+        ]
+
+
+SECOND_COPIES = 1 << 20
+"""Bytes of weights of a session's own that are worth a note."""
 
 
 def _injected(prepared: Prepared, addresses: Mapping[str, int]) -> list[Initializer]:
@@ -630,23 +916,15 @@ def check_providers(got: Sequence[str], wanted: Sequence[Any]) -> None:
         )
 
 
-def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemoryError:
-    """The pool's refusal while ONNX Runtime read weights one by one, with a limit that would do for all of them.
-
-    Told only afterwards: how much ORT needs is not known before (it folds weights, and keeps some on the host).
-    """
-    weights = sum(padded(w.length) for w in prepared.weights) + len(prepared.graph) + SESSION_BYTES
-    held = error.active - sum(size for _, tag, size in error.holders if tag == "weights")
-    needed = max(error.needed_limit, held + weights)
-    if needed == error.needed_limit:
-        return error
+def _with_session(error: OutOfMemoryError, own: int) -> OutOfMemoryError:
+    """The pool's refusal, with a limit that would do for what the session needs beside its weights too."""
     return OutOfMemoryError(
         requested=error.requested,
         active=error.active,
         idle=error.idle,
         reserved=error.reserved,
         limit=error.limit,
-        needed_limit=needed,
+        needed_limit=error.needed_limit + own,
         device_free=error.device_free,
         holders=error.holders,
         device_full=error.device_full,
@@ -656,28 +934,6 @@ def _with_all_weights(error: OutOfMemoryError, prepared: Prepared) -> OutOfMemor
 def has_convolutions(graph: bytes) -> bool:
     """Whether a serialized model has convolutions, in a subgraph or a function too."""
     return any("Conv" in node.op_type for node in all_nodes(onnx.load_model_from_string(graph)))
-
-
-def check_limit(pool: Pool, residency: Residency, wanted: Sequence[Wanted], own: int) -> None:
-    """Raise OutOfMemoryError, saying how much would do, before anything is mapped that cannot all fit.
-
-    `own` is what the session needs beside its weights while it is built.
-    """
-    resident = residency.users()
-    sizes = {w.digest: padded(w.mapped) for w in wanted if w.digest not in resident}
-    missing = sum(sizes.values()) + own
-    stats = pool.stats()
-    if stats.active + missing > stats.limit:
-        raise OutOfMemoryError(
-            requested=missing,
-            active=stats.active,
-            idle=stats.idle,
-            reserved=stats.reserved,
-            limit=stats.limit,
-            needed_limit=stats.active + missing,
-            device_free=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
-            holders=pool.holders(),
-        )
 
 
 _WRONG_FEEDS = ("Got invalid dimensions for input", "Invalid rank for input", "Unexpected input data type")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import glake_infer as gi
-from glake_infer.models import cuda
+from glake_infer import cuda
 
 
 class Driver:

@@ -1,57 +1,146 @@
-"""The table of resident weights: one address per digest, references, nothing left after an error."""
+"""Residency: one address per digest, memory that comes and goes there, references, nothing left after an error.
 
+On the host both ways are tested: files that are mapped, and (as on a GPU) weights that are copied into chunks.
+"""
+
+import ctypes
+import gc
 import os
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 import glake_infer as gi
-from glake_infer.residency import AlteredObjectError, Residency, Wanted
+from glake_infer import layout
+from glake_infer.digest import digests_of_pieces
+from glake_infer.residency import AlteredObjectError, Residency, Wanted, drop_pages
 
 PAGE = 4096
+KiB, MiB = 1 << 10, 1 << 20
 
 
 @pytest.fixture
 def pool():
     with gi.Pool(device="cpu", limit="64MiB") as pool:
         yield pool
+        pool.check_invariants()
+        gc.collect()
 
 
-def wanted(folder, data, mapped=None):
+@pytest.fixture(params=["files", "copies"])
+def table(request, pool):
+    return Residency.of(pool, copies=request.param == "copies")
+
+
+@pytest.fixture
+def copies(pool):
+    return Residency.of(pool, copies=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return gi.Store(tmp_path).objects
+
+
+def wanted(folder, data, mapped=None, **more):
     digest, _ = folder.add_buffer(data)
-    return Wanted(digest, len(data), len(data) if mapped is None else mapped, folder)
+    return Wanted(digest, len(data), len(data) if mapped is None else mapped, folder, **more)
 
 
-def test_equal_digests_get_one_address_that_lives_as_long_as_its_last_user(tmp_path, pool):
-    folder = gi.Store(tmp_path).objects
-    item = wanted(folder, os.urandom(3 * PAGE))
-    table = Residency.of(pool)
+def parted(folder, data, **more):
+    """A weight with the digests of its pieces."""
+    _, pieces, _ = digests_of_pieces([data], layout.PIECE)
+    return wanted(folder, data, pieces=tuple(pieces[i : i + 64] for i in range(0, len(pieces), 64)), **more)
+
+
+def read(address, size):
+    return ctypes.string_at(address, size)
+
+
+def held(items):
+    """Every weight's bytes as its file has them."""
+    return {item.digest: item.folder.path(item.digest).read_bytes()[: item.mapped] for item in items}
+
+
+def check(holding, items):
+    with holding:
+        for digest, data in held(items).items():
+            assert read(holding.addresses[digest], len(data)) == data
+
+
+def test_equal_digests_get_one_address_that_lives_as_long_as_its_last_user(folder, pool, table):
+    items = [wanted(folder, os.urandom(3 * PAGE)), wanted(folder, os.urandom(200 * KiB))]
     assert Residency.of(pool) is table
-    first, second = table.acquire(pool, [item, item], 1), table.acquire(pool, [item], 2)
-    assert first == second
-    assert pool.stats().mapped_files == 3 * PAGE
-    assert table.users() == {item.digest: (3 * PAGE, frozenset({1, 2}))}
-    table.release(pool, first, 1)
-    assert pool.stats().mapped_files == 3 * PAGE
-    table.release(pool, second, 2)
-    assert pool.stats().mapped_files == 0
+    first, second = table.hold([*items, items[0]], 1), table.hold(items, 2)
+    assert first.addresses == second.addresses
+    assert len(set(first.addresses.values())) == 2
+    check(first, items)
+    check(second, items)
+    active = pool.stats().active
+    assert 203 * KiB <= active <= 280 * KiB
+    assert table.users() == {i.digest: (i.mapped, frozenset({1, 2})) for i in items}
+    assert first.weigh().shared_with == {2: 212 * KiB}
+    first.close()
+    first.close()
+    assert pool.stats().active == active
+    check(second, items)
+    second.close()
     assert table.users() == {}
+    assert pool.stats().active == 0
+    pool.trim()
+    assert pool.stats().reserved == 0
 
 
-def test_only_the_part_that_is_used_is_mapped(tmp_path, pool):
-    folder = gi.Store(tmp_path).objects
-    part, none = wanted(folder, os.urandom(3 * PAGE), PAGE), wanted(folder, os.urandom(PAGE), 0)
-    table = Residency.of(pool)
-    held = table.acquire(pool, [part, none], 1)
-    assert pool.stats().mapped_files == PAGE
-    assert held[none.digest] == 0
-    table.release(pool, held, 1)
+def test_what_no_model_has_is_kept_until_there_is_need(folder, pool, copies):
+    """On a device the next load of the same weights finds them there."""
+    item = wanted(folder, os.urandom(4 * MiB))
+    holding = copies.hold([item], 1)
+    check(holding, [item])
+    address = holding.addresses[item.digest]
+    holding.close()
+    stats = pool.stats()
+    assert (stats.active, stats.weights) == (0, 0)
+    assert stats.unused_weights == stats.idle == 4 * MiB
+    folder.path(item.digest).touch()  # what is there is not read again
+    again = copies.hold([item], 2)
+    assert again.addresses[item.digest] == address
+    check(again, [item])
+    again.close()
+    assert pool.allocate(62 * MiB) != 0  # the limit is 64
+    assert pool.stats().unused_weights == 0
+    other = copies.hold([item], 3)
+    with pytest.raises(gi.OutOfMemoryError):
+        check(other, [item])
+    other.close()
+    for address in [r.address for s in pool.snapshot().segments for r in s.ranges if r.state == "active"]:
+        pool.deallocate(address)
+
+
+def test_only_the_part_that_is_used_is_mapped(folder, pool, table):
+    part = wanted(folder, os.urandom(300 * PAGE), 100 * PAGE)
+    none = wanted(folder, os.urandom(PAGE), 0)
+    holding = table.hold([part, none], 1)
+    check(holding, [part])
+    assert 100 * PAGE <= pool.stats().active < 132 * PAGE
+    assert holding.addresses[none.digest] == 0
+    holding.close()
 
 
 @pytest.mark.parametrize("damage", ["change", "shorten", "lengthen", "remove"])
-def test_wrong_bytes_are_never_mapped_and_nothing_is_left(tmp_path, pool, damage):
-    folder = gi.Store(tmp_path).objects
-    good, bad = wanted(folder, os.urandom(PAGE)), wanted(folder, os.urandom(PAGE))
-    path = folder.path(bad.digest)
+def test_wrong_bytes_are_never_mapped_and_nothing_is_left(folder, pool, table, damage):
+    good, bad = wanted(folder, os.urandom(PAGE)), wanted(folder, os.urandom(300 * PAGE))
+    spoil(folder.path(bad.digest), damage)
+    with pytest.raises(AlteredObjectError) as caught:
+        table.hold([good, bad], 1)
+    assert caught.value.digest == bad.digest
+    assert caught.value.unreadable == (damage == "remove")
+    assert table.users() == {}
+    assert pool.stats().active == 0
+
+
+def spoil(path, damage):
     data = path.read_bytes()
     path.unlink()
     if damage != "remove":
@@ -60,18 +149,330 @@ def test_wrong_bytes_are_never_mapped_and_nothing_is_left(tmp_path, pool, damage
                 damage
             ]
         )
-    table = Residency.of(pool)
-    with pytest.raises(AlteredObjectError) as caught:
-        table.acquire(pool, [good, bad], 1)
-    assert caught.value.digest == bad.digest
-    assert table.users() == {}
+
+
+@pytest.mark.parametrize("damage", ["change", "shorten", "remove"])
+def test_a_file_that_changes_while_a_model_sleeps_is_refused_and_can_be_mended(folder, pool, table, damage):
+    items = [wanted(folder, os.urandom(50 * PAGE)) for _ in range(3)]
+    holding = table.hold(items, 1)
+    check(holding, items)
+    addresses = dict(holding.addresses)
+    assert holding.suspend() >= 150 * PAGE
+    path = folder.path(items[1].digest)
+    data = path.read_bytes()
+    spoil(path, damage)
+    for _ in range(2):
+        with pytest.raises(AlteredObjectError), holding:
+            pass
+        assert pool.stats().active == 0
+        assert holding.weigh().asleep >= 150 * PAGE
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    check(holding, items)
+    assert holding.addresses == addresses
+    holding.close()
+
+
+def test_a_limit_in_the_middle_gives_everything_back(folder, pool, table):
+    items = [wanted(folder, os.urandom(MiB)) for _ in range(4)]
+    pool.limit = 2 * MiB
+    holding = table.hold(items, 1)
+    with pytest.raises(gi.OutOfMemoryError) as caught:
+        check(holding, items)
     assert pool.stats().active == 0
+    pool.limit = caught.value.needed_limit
+    check(holding, items)
+    holding.close()
 
 
-def test_a_limit_in_the_middle_gives_everything_back(tmp_path, pool):
-    folder = gi.Store(tmp_path).objects
-    items = [wanted(folder, os.urandom(1 << 20)) for _ in range(4)]
-    pool.limit = 2 << 20
+@pytest.mark.parametrize("calls", range(0, 24, 3))
+def test_a_driver_that_refuses_leaves_a_holding_that_can_be_used_later(folder, pool, table, calls):
+    items = [wanted(folder, os.urandom(MiB)) for _ in range(4)]
+    native = pool._open()
+    holding = None
+    native.inject_failure(calls, 1000)
+    try:
+        holding = table.hold(items, 1)
+        check(holding, items)
+    except gi.DriverError:
+        pool.check_invariants()
+        assert pool.stats().active == 0
+    native.inject_failure(-1)
+    holding = holding or table.hold(items, 2)
+    check(holding, items)
+    holding.close()
+
+
+def test_suspend_gives_memory_back_and_the_next_use_brings_the_same_bytes_to_the_same_place(
+    folder, pool, table
+):
+    items = [wanted(folder, os.urandom(size)) for size in (3 * MiB, 70_000, 5 * MiB + 11, 1025)]
+    holding = table.hold(items, 1)
+    assert holding.suspended
+    check(holding, items)
+    before, reserved = holding.addresses.copy(), pool.stats().reserved
+    for _ in range(3):
+        assert not holding.suspended
+        freed = holding.suspend()
+        assert holding.suspended
+        assert freed == reserved == holding.weigh().asleep
+        assert pool.stats().reserved == 0
+        assert holding.suspend() == 0
+        check(holding, items)
+        assert holding.weigh().asleep == 0
+        assert pool.stats().reserved == reserved
+    assert holding.addresses == before
+    holding.close()
+
+
+def test_a_shared_weight_stays_while_any_awake_model_uses_it(folder, pool, table):
+    trunk = [wanted(folder, os.urandom(2 * MiB), group="trunk") for _ in range(3)]
+    heads = [[wanted(folder, os.urandom(MiB), group=n)] for n in range(2)]
+    first, second = (table.hold(trunk + head, n) for n, head in enumerate(heads))
+    check(first, trunk + heads[0])
+    check(second, trunk + heads[1])
+    assert first.suspend() == MiB
+    assert pool.stats().active == 7 * MiB
+    assert first.weigh().asleep == MiB
+    with second:  # the trunk is as it was
+        for item in trunk:
+            assert read(second.addresses[item.digest], item.mapped) == held([item])[item.digest]
+    assert second.suspend() == 7 * MiB
+    assert pool.stats().reserved == 0
+    check(first, trunk + heads[0])
+    assert pool.stats().active == 7 * MiB
+    assert second.weigh().asleep == MiB
+    first.close()
+    second.close()
+
+
+def test_suspend_waits_for_uses_in_progress(folder, pool, table):
+    items = [wanted(folder, os.urandom(MiB))]
+    holding = table.hold(items, 1)
+    done, order = [], []
+    with holding:
+        thread = threading.Thread(target=lambda: (done.append(holding.suspend()), order.append("suspended")))
+        thread.start()
+        time.sleep(0.1)
+        assert not done
+        assert read(holding.addresses[items[0].digest], 4096) == held(items)[items[0].digest][:4096]
+        order.append("used")
+    thread.join()
+    assert order == ["used", "suspended"]
+    assert done == [MiB]
+    holding.close()
+
+
+def test_the_least_recently_used_go_first_and_never_the_busy_the_pinned_or_the_important(folder, pool, table):
+    pool.limit = 8 * MiB
+    items = {name: wanted(folder, os.urandom(2 * MiB)) for name in "abcde"}
+    holdings = {
+        n: table.hold([item], number, evictable=True) for number, (n, item) in enumerate(items.items())
+    }
+    for name in "abcd":
+        check(holdings[name], [items[name]])
+    asleep = lambda: {name for name, each in holdings.items() if each.weigh().asleep}  # noqa: E731
+    assert asleep() == {"e"}
+    check(holdings["a"], [items["a"]])  # now b is the oldest
+    check(holdings["e"], [items["e"]])
+    assert asleep() == {"b"}
+    holdings["c"].set_policy(evictable=False, priority=0)
+    check(holdings["b"], [items["b"]])
+    assert asleep() == {"d"}
+    holdings["a"].set_policy(evictable=True, priority=1)
+    check(holdings["d"], [items["d"]])
+    assert asleep() == {"e"}
+    with holdings["b"], holdings["d"]:
+        check(holdings["e"], [items["e"]])  # a, whatever its priority: all others are busy or pinned
+        assert asleep() == {"a"}
+    assert pool.stats().peak_reserved <= 8 * MiB
+    for holding in holdings.values():
+        holding.close()
+
+
+def test_activations_push_idle_weights_out_and_weights_push_idle_activations_out(folder, pool, table):
+    pool.limit = 8 * MiB
+    item = wanted(folder, os.urandom(4 * MiB))
+    holding = table.hold([item], 1, evictable=True)
+    check(holding, [item])
+    address = pool.allocate(6 * MiB)
+    assert holding.weigh().asleep == 4 * MiB
     with pytest.raises(gi.OutOfMemoryError):
-        Residency.of(pool).acquire(pool, items, 1)
+        check(holding, [item])
+    pool.deallocate(address)
+    check(holding, [item])
+    with holding, pytest.raises(gi.OutOfMemoryError):
+        pool.allocate(6 * MiB)
+    pool.limit = 4 * MiB  # evicts nothing that fits
+    assert holding.weigh().asleep == 0
+    pool.limit = 2 * MiB
+    assert holding.weigh().asleep == 4 * MiB
+    holding.close()
+
+
+def test_who_finds_no_room_waits_for_uses_that_are_in_progress(folder, pool, table):
+    pool.limit = 4 * MiB
+    items = [wanted(folder, os.urandom(3 * MiB)) for _ in range(2)]
+    first, second = (table.hold([item], n, evictable=True) for n, item in enumerate(items))
+    order = []
+
+    def use():
+        check(second, [items[1]])
+        order.append("second")
+
+    with first:
+        thread = threading.Thread(target=use)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    first.close()
+    second.close()
+
+
+def test_many_threads_under_a_small_limit_always_read_the_right_bytes(folder, pool, table):
+    pool.limit = 6 * MiB
+    trunk = [wanted(folder, os.urandom(MiB), group="t") for _ in range(2)]
+    kinds = [[*trunk, wanted(folder, os.urandom(MiB + n), group=n)] for n in range(8)]
+    holdings = [table.hold(items, n, evictable=True) for n, items in enumerate(kinds)]
+    problems, high = [], []
+
+    def work(seed):
+        import random
+
+        chosen = random.Random(seed)
+        try:
+            for turn in range(60):
+                index = chosen.randrange(8)
+                check(holdings[index], kinds[index])
+                high.append(pool.stats().reserved)
+                if turn % 7 == 0:
+                    holdings[chosen.randrange(8)].suspend()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[0]
+    assert max(high) <= 6 * MiB
+    for holding in holdings:
+        holding.close()
+
+
+def test_copied_weights_are_read_only(folder, pool, copies):
+    from tests import processes
+
+    item = wanted(folder, os.urandom(MiB))
+    holding = copies.hold([item], 1)
+    check(holding, [item])
+    holding.close()
+    done = processes.run(
+        "import ctypes, os, sys, glake_infer as gi\n"
+        "from glake_infer.residency import Residency, Wanted\n"
+        "store = gi.Store(sys.argv[1]); digest = sys.argv[2]\n"
+        "pool = gi.Pool('cpu')\n"
+        "h = Residency.of(pool, copies=True).hold([Wanted(digest, 1 << 20, 1 << 20, store.objects)], 1)\n"
+        "with h: ctypes.memset(h.addresses[digest], 1, 1)\n",
+        folder.root.parent,
+        item.digest,
+        faults=True,
+    )
+    assert done.returncode == -11
+
+
+def test_small_weights_of_a_model_take_no_granule_of_their_own(folder, pool, copies):
+    items = [wanted(folder, os.urandom(1030)) for _ in range(5)]
+    holding = copies.hold(items, 1)
+    check(holding, items)
+    assert 5 * 1030 <= pool.stats().requested <= 5 * 1280
+    assert all(address % layout.ALIGNMENT == 0 for address in holding.addresses.values())
+    assert holding.suspend() == 0  # they stay
+    check(holding, items)
+    holding.close()
     assert pool.stats().active == 0
+
+
+def test_versions_of_a_large_weight_share_their_equal_pieces(folder, pool, copies):
+    pool.limit = 400 * MiB
+    data = os.urandom(64 * MiB) + os.urandom(MiB + 77)
+    longer = data + os.urandom(3 * MiB)  # as an embedding with added rows
+    other = data[: 10 * MiB] + os.urandom(8 * MiB) + data[18 * MiB :]
+    edges = {"edges": (10 * MiB, 18 * MiB)}
+    first = parted(folder, data, **edges)
+    second, third = parted(folder, longer), parted(folder, other)
+    holdings, items = [], [first, second, third]
+    for number, item in enumerate(items):
+        holdings.append(copies.hold([item], number))
+        check(holdings[-1], [item])
+    distinct = len(data) + (len(longer) - 64 * MiB) + 8 * MiB
+    assert pool.stats().active <= distinct + 4 * layout.PARTED_CHUNK // 4
+    assert holdings[0].suspend() < 16 * MiB
+    check(holdings[1], [second])
+    holdings[0].close()
+    check(holdings[1], [second])
+    for holding in holdings[1:]:
+        holding.suspend()
+    assert pool.stats().active == 0
+    for holding, item in zip(holdings[1:], items[1:], strict=True):
+        check(holding, [item])
+        holding.close()
+
+
+def test_kept_copies_need_no_files(folder, pool, copies):
+    items = [wanted(folder, os.urandom(2 * MiB)) for _ in range(2)]
+    holding = copies.hold(items, 1, host_copy="pinned")
+    other = copies.hold(items[:1], 2)
+    expected = held(items)
+    check(holding, items)
+    assert holding.weigh().pinned == 4 * MiB
+    holding.suspend()
+    for item in items:
+        folder.path(item.digest).unlink()
+    with holding:
+        for digest, data in expected.items():
+            assert read(holding.addresses[digest], len(data)) == data
+    holding.close()
+    other.close()
+
+
+def test_a_table_that_is_gone_leaves_no_addresses(folder):
+    item = wanted(folder, os.urandom(4 * MiB))
+    for _ in range(3):
+        with gi.Pool(device="cpu", limit="64MiB") as pool:
+            holding = Residency.of(pool, copies=True).hold([item], 1)
+            check(holding, [item])
+            holding.close()
+        del holding
+        gc.collect()
+    with gi.Pool(device="cpu") as pool:
+        assert pool.stats().reserved == 0
+
+
+def test_pages_that_this_process_mapped_by_itself_are_dropped(tmp_path):
+    import mmap
+
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(8 * MiB))
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def resident():
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        for line in lines:
+            if line.endswith(str(file)):
+                return int(next(x for x in lines if x.startswith("Rss:")).split()[1]) << 10
+        raise AssertionError
+
+    assert len(mapped[:]) == 8 * MiB
+    assert resident() >= 8 * MiB
+    drop_pages([file])
+    assert resident() == 0
+    assert mapped[:] == file.read_bytes()
+    mapped[0:1] = b"x"  # written to: it stays
+    drop_pages([file])
+    assert mapped[0:1] == b"x"
+    mapped.close()

@@ -11,7 +11,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
 import glake_infer as gi
-from glake_infer.models import cuda, zoo
+from glake_infer import cuda
+from glake_infer.models import zoo
 
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
