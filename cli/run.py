@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glake_infer.models.runner import MemoryReport, ModelResult, RunReport
 
 OUTPUTS_SHOWN = 8
+OTHERS_SHOWN = 2
 
 
 class Sharing(StrEnum):
@@ -109,17 +110,20 @@ def run(
 
 def show(report: RunReport) -> None:
     """Print latencies, outputs and memory."""
-    latency = output.table("*Model", ">Runs", ">Median", ">Min", ">p95", ">Load", ">Shared", ">Own")
+    latency = output.table("*Model", ">Runs", ">Median", ">Min", ">p95", ">Load")
     for model in report.models:
         output.add(
             latency,
             model.name,
             str(model.runs),
             *(output.duration(value) for value in (model.median, model.min, model.p95, model.load)),
-            output.size(model.memory.shared),
-            output.size(model.memory.own + model.memory.private),
         )
-    parts: list[Any] = [latency, _outputs(report.models), _memory(report.memory, report.device)]
+    parts: list[Any] = [
+        latency,
+        _outputs(report.models),
+        _weights(report.models),
+        _memory(report.memory, report.device),
+    ]
     notes = [f"{model.name}: {note}" for model in report.models for note in model.notes]
     if notes:
         parts.append(output.bullets("Notes", notes))
@@ -142,15 +146,32 @@ def _outputs(models: tuple[ModelResult, ...]) -> Table:
     return made
 
 
+def _weights(models: tuple[ModelResult, ...]) -> Table:
+    """Who shares what with whom, and who sleeps."""
+    made = output.table("*Weights", ">Shared", "*with", ">Own", ">Private", ">Asleep", ">To wake")
+    for model in models:
+        memory = model.memory
+        others = list(memory.shared_with)
+        asleep = (output.size(memory.asleep), output.duration(memory.waking)) if memory.asleep else ("-", "-")
+        output.add(
+            made,
+            model.name,
+            output.size(memory.shared),
+            ", ".join(others) if len(others) <= OTHERS_SHOWN else f"{len(others)} others",
+            output.size(memory.own),
+            output.size(memory.private),
+            *asleep,
+        )
+    return made
+
+
 def _memory(memory: MemoryReport, device: str) -> Table:
     made = output.table("Memory" if device == "cpu" else f"Memory on {device}", ">", "*")
-    copies = "made by sessions while they were built"
-    if device != "cpu":
-        copies = f"weights: on {device} each session has its own"
     rows = [
         ("shared weights", memory.shared, "used by more than one model, held once"),
         ("own weights", memory.own, "used by one model"),
-        ("private copies", memory.private, copies),
+        ("asleep", memory.asleep, "of these, not there now: the next run brings them back"),
+        ("private copies", memory.private, "made by sessions while they were built"),
         (
             "activations",
             memory.activations,
@@ -162,6 +183,7 @@ def _memory(memory: MemoryReport, device: str) -> Table:
             memory.reserved,
             f"peak {output.size(memory.peak_reserved)}, limit {output.size(memory.limit)}",
         ),
+        ("CUDA's libraries", memory.libraries, "outside the pool, while the sessions were built"),
         (
             "process" if device == "cpu" else "process, on the host",
             memory.process.total,
@@ -169,7 +191,8 @@ def _memory(memory: MemoryReport, device: str) -> Table:
         ),
     ]
     for name, count, remark in rows:
-        output.add(made, name, output.size(count), remark)
+        if count or name not in ("asleep", "CUDA's libraries"):
+            output.add(made, name, output.size(count), remark)
     return made
 
 

@@ -179,6 +179,12 @@ class Residency:
         with self._lock:
             return {d: (e.wanted.mapped, frozenset(e.users)) for d, e in self._entries.items() if e.users}
 
+    def asleep(self) -> int:
+        """Bytes of memory that models hold addresses for, and that are not there now."""
+        with self._lock:
+            used = [region for region in self._regions.values() if region.references]
+            return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+
     def users_of(self, digest: str) -> list[int]:
         """The models that hold a weight."""
         with self._lock:

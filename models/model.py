@@ -477,7 +477,7 @@ class Model:
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else ", ".join(str(value) for value in self._inputs)
-        return f"<Model {self.name} ({state})>"
+        return f"<Model {self.name} ({state}){', asleep' if self.suspended else ''}>"
 
     # Filled by load.
     _make_session: Callable[[Model], None]

@@ -20,9 +20,10 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
 from glake_infer.models.manifest import Value
-from glake_infer.models.model import Model, ModelMemory, Sharing, load
+from glake_infer.models.model import Model, ModelMemory, Sharing
 from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
+from glake_infer.models.runtime import Runtime
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
 from glake_infer.store import Store, temporary_sibling
@@ -67,8 +68,10 @@ class MemoryReport:
     """Weights that more than one model uses, held once."""
     own: int
     """Weights that one model uses."""
+    asleep: int
+    """Of both, what is not there now: the models that the limit has no room for bring it back when they run."""
     private: int
-    """Copies that sessions made for themselves when they were built; on a GPU, all their weights."""
+    """Copies that sessions made for themselves when they were built."""
     activations: int
     """What else the pool has handed out: activations and outputs that are still held."""
     peak_activations: int
@@ -78,6 +81,8 @@ class MemoryReport:
     reserved: int
     peak_reserved: int
     limit: int
+    libraries: int
+    """On a GPU, outside the pool: what CUDA's libraries took while the sessions were built, as the driver counts."""
     process: ProcessMemory
 
 
@@ -122,7 +127,9 @@ def run(
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
-    """Load packages (and ONNX models, converted on the fly) into one pool and run each `repeat` times.
+    """Load packages (and ONNX models, converted on the fly) into one Runtime and run each `repeat` times.
+
+    More models than fit below the limit take turns: those that were run longest ago sleep.
 
     inputs, shapes
         What is fed, as texts `[MODEL:]NAME=FILE` and `[MODEL:]NAME=1,128`; see models/feeds.py. The rest is
@@ -130,8 +137,7 @@ def run(
     threads
         How many runs go on at once, over all models.
     device
-        "cpu", "cuda:N" or "cuda" (the first GPU). On a GPU each session's weights are its own; its feeds come from
-        the host, and its outputs go there.
+        "cpu", "cuda:N" or "cuda" (the first GPU). On a GPU the feeds come from the host, and the outputs go there.
     save
         A folder that gets the last outputs of each model as `NAME.npz`.
 
@@ -144,9 +150,8 @@ def run(
     store = store or Store()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(Pool(device=device, limit=limit))
-        loaded = _load_all(
-            stack, names, [Path(path) for path in paths], pool, sharing, intra_op, store, progress
-        )
+        runtime = stack.enter_context(Runtime(pool=pool, store=store))
+        loaded = _load_all(names, [Path(path) for path in paths], runtime, sharing, intra_op, store, progress)
         _feed_all(loaded, overrides, given_shapes, seed)
         start = time.perf_counter()
         _run_all(loaded, repeat, threads)
@@ -170,10 +175,9 @@ def labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _load_all(
-    stack: contextlib.ExitStack,
     names: Sequence[str],
     paths: Sequence[Path],
-    pool: Pool,
+    runtime: Runtime,
     sharing: Sharing,
     intra_op: int | None,
     store: Store,
@@ -185,9 +189,7 @@ def _load_all(
             if progress:
                 progress("loading", number, len(paths))
             start = time.perf_counter()
-            model = stack.enter_context(
-                load(package, pool, sharing=sharing, threads=intra_op, configure=_quieten, store=store)
-            )
+            model = runtime.load(package, sharing=sharing, threads=intra_op, configure=_quieten)
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     if progress:
         progress("loading", len(paths), len(paths))
@@ -328,14 +330,16 @@ def summary(name: str, value: Any) -> OutputSummary:
 def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
     release_unused_heap()
     stats = pool.stats()
-    resident = Residency.of(pool).users()
+    residency = Residency.of(pool)
+    resident, asleep = residency.users(), residency.asleep()
     shared = sum(size for size, users in resident.values() if len(users) > 1)
     own = sum(size for size, users in resident.values() if len(users) == 1)
     private = sum(model.memory.private for model in models)
-    weights = shared + own + private
+    weights = shared + own + private - asleep
     return MemoryReport(
         shared=shared,
         own=own,
+        asleep=asleep,
         private=private,
         activations=max(0, stats.active - weights),
         peak_activations=max(0, stats.peak_active - weights),
@@ -343,6 +347,7 @@ def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
         reserved=stats.reserved,
         peak_reserved=stats.peak_reserved,
         limit=stats.limit,
+        libraries=sum(model.memory.libraries for model in models),
         process=measure(),
     )
 

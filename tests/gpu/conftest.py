@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import sys
 import threading
 from pathlib import Path
@@ -19,12 +18,11 @@ sys.path.append(str(Path(__file__).parent.parent / "allocators"))
 @pytest.fixture(scope="session")
 def device():
     """The name of the device under test; CuPy's kernels and streams of this thread are on it."""
-    name = os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
-    if index := int(name.partition(":")[2] or 0):
-        from kernels import cupy
+    from kernels import DEVICE, INDEX, cupy
 
-        cupy().cuda.Device(index).use()
-    return name
+    if INDEX:
+        cupy().cuda.Device(INDEX).use()
+    return DEVICE
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ import os
 
 import numpy as np
 
+DEVICE = os.environ.get("GLAKE_TEST_DEVICE", "cuda:0")
+INDEX = int(DEVICE.partition(":")[2] or 0)
 SANITIZED = "GLAKE_SANITIZER" in os.environ  # under compute-sanitizer kernels are slow, and threads more so
 
 SOURCE = r"""

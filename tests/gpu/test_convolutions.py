@@ -1,7 +1,6 @@
 """A convolution of ONNX Runtime's after a refused request, on its own arena and on the pool: docs/gpu.md."""
 
 import gc
-import os
 
 import numpy as np
 import pytest
@@ -10,13 +9,13 @@ pytest.importorskip("cupy")
 import building
 import kernels
 import onnxruntime as ort
+from kernels import INDEX
 from onnx import helper
 
 import glake_infer as gi
 
 pytestmark = pytest.mark.gpu
 
-INDEX = int(os.environ.get("GLAKE_TEST_DEVICE", "cuda:0").partition(":")[2] or 0)
 EXACT = {"device_id": str(INDEX), "use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 MiB = 1 << 20
 
