@@ -119,7 +119,7 @@ void Weights::remove_region(Id region) {
 Weights::Id Weights::add_user(std::span<const Id> chunks, bool evictable, int priority) {
   User user;
   for (const Id id : chunks) user.chunks.push_back(&find(chunks_, id));
-  std::sort(user.chunks.begin(), user.chunks.end());
+  std::sort(user.chunks.begin(), user.chunks.end(), [](const Chunk* a, const Chunk* b) { return a->id < b->id; });
   user.chunks.erase(std::unique(user.chunks.begin(), user.chunks.end()), user.chunks.end());
   user.evictable = evictable;
   user.priority = priority;

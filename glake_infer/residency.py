@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 HostCopy = Literal["store", "pinned"]
 PAGE = 4096
 
+TELLING = 8 << 20
+"""Bytes from which a load tells how fast the next one will be."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -386,7 +389,7 @@ class Residency:
             self._raise_altered(error, items)
             raise
         done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
-        if self._copies and done > 64 << 20:
+        if self._copies and done >= TELLING:
             self._rate = done / (time.perf_counter() - start)
 
     def _verify(self, item: Wanted) -> None:

@@ -6,20 +6,24 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto, inliner
 
 from glake_infer.allocators.errors import ModelError, PackageError
-from glake_infer.digest import digest_of
+from glake_infer.digest import digest_of, digests_of_pieces
+from glake_infer.models.fuse import fuse_for_cuda
 from glake_infer.models.graph import (
+    MINIMUM_WEIGHT,
     Initializer,
     all_nodes,
     bodies,
     constant_tensor,
+    external_entries,
     initializers,
+    inline_bytes,
     is_external,
     lift_constants,
     make_external,
@@ -28,7 +32,16 @@ from glake_infer.models.graph import (
     tensor_bytes,
 )
 from glake_infer.models.guard import guard_for_cpu
-from glake_infer.models.manifest import Manifest, Run, Source, Variant, Weight, read_manifest, run_digest
+from glake_infer.models.manifest import (
+    PIECE,
+    Manifest,
+    Run,
+    Source,
+    Variant,
+    Weight,
+    read_manifest,
+    run_digest,
+)
 from glake_infer.models.package import check_target, default_target, write_package
 from glake_infer.models.progress import Progress
 from glake_infer.models.source import MAXIMUM_PROTOBUF, ModelSource, SourceModel, check_operators
@@ -36,17 +49,18 @@ from glake_infer.models.values import value_of_proto
 from glake_infer.store import Store
 from glake_infer.version import __version__
 
-MINIMUM_WEIGHT = 1024
-"""Bytes from which a weight goes to the store; smaller ones stay in the graph."""
-
 COMPARED_PACKAGES = 64
 """How many packages of the store are compared when runs are cut."""
 
 VARIANTS = {
     "onnx": "the model as it was given, its weights in the store",
     "cpu-lean": "for sharing='lean' on the CPU: nothing is folded to a wider type",
+    "cuda": "for CUDA: fused, so that a session makes no weights of its own",
 }
-"""Graphs that a package can hold, over the same weights. The second exists only where it differs."""
+"""Graphs that a package can hold. The others exist only where they differ; "cuda" has weights of its own."""
+
+LARGE_WEIGHT = 32 << 20
+"""Bytes from which the digests of a weight's pieces are kept."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,18 @@ class ConvertReport:
     source: str
     package: str
     weights: int
+    """Weights of the model as it was given; so are the next five."""
     weight_bytes: int
     distinct_weights: int
     distinct_bytes: int
     new_bytes: int
-    """Bytes that this conversion added to the store."""
+    """Bytes of them that this conversion added to the store."""
     stored_bytes: int
-    """Distinct bytes that the store held before."""
+    """Distinct bytes of them that the store held before."""
+    derived_bytes: int
+    """Distinct bytes that the other variants need beside those."""
+    new_derived_bytes: int
+    """Bytes of these that this conversion added to the store."""
     small_bytes: int
     """Bytes of weights below MINIMUM_WEIGHT, which stay in the graph."""
     constants: int
@@ -85,10 +104,11 @@ def convert(
     """Convert the ONNX model `source` into the package `target` (default: beside it, `.glake`).
 
     Weights of 1 KiB and more are streamed to the store, so memory grows with the graph and not with
-    external data. Raises ModelError (what is wrong with the model), InputError (the target is something
-    else), StorageFullError or StoreError; after any of them the target is as it was before, and at
-    most complete objects, which the next gc removes, were added to the store. Safe to call from several
-    threads and processes, on the same model too.
+    external data; only where something can be fused for CUDA are they all in memory for a while (models/fuse.py).
+    Raises ModelError (what is wrong with the model), InputError (the target is something else),
+    StorageFullError or StoreError; after any of them the target is as it was before, and at most complete
+    objects, which the next gc removes, were added to the store. Safe to call from several threads and processes,
+    on the same model too.
     """
     source = Path(source)
     store = store or Store()
@@ -128,18 +148,24 @@ def convert_source(
     )
     with store.using():
         weights, new_bytes = _store_weights(opened, _by_use(model, found), store, progress)
+        given, new_derived = len(weights), 0
         inputs = tuple(value_of_proto(v) for v in model.graph.input if not _has_default(model, v.name))
         outputs = tuple(value_of_proto(v) for v in model.graph.output)
+        graphs = {"onnx": _serialize(model, source)}
+        fused = fuse_for_cuda(model, weights, store)
+        guarded = guard_for_cpu(model)
+        if guarded.weights:
+            notes.append(guarded.note())
+            graphs["cpu-lean"] = _serialize(model, source)
+        notes += fused.notes
+        if fused.model is not None:
+            weights, new_derived = _store_fused(fused.model, weights, tuple(graphs), store)
+            graphs["cuda"] = _serialize(fused.model, source)
         files, variants = {}, {}
-        for name, purpose in VARIANTS.items():
-            if name == "cpu-lean":
-                guarded = guard_for_cpu(model)
-                if not guarded.weights:
-                    continue
-                notes.append(guarded.note())
+        for name, data in graphs.items():
             file = "graph.onnx" if name == "onnx" else f"graph.{name}.onnx"
-            files[file] = _serialize(model, source)
-            variants[name] = Variant(graph=file, digest=digest_of(files[file]), purpose=purpose)
+            files[file] = data
+            variants[name] = Variant(graph=file, digest=digest_of(data), purpose=VARIANTS[name])
         manifest = Manifest(
             producer=f"glake-infer {__version__}",
             source=Source(name=source.name, digest=opened.digest),
@@ -147,20 +173,22 @@ def convert_source(
             outputs=outputs,
             variants=variants,
             weights=tuple(weights),
-            runs=cut_runs(weights, store, target),
+            runs=cut_runs(weights, store, target, {given}),
             notes=tuple(notes),
         )
         write_package(store, target, manifest, files)
-    distinct = manifest.distinct
+    distinct, needed = manifest.distinct_of("onnx"), sum(manifest.distinct.values())
     return ConvertReport(
         source=str(source),
         package=str(target),
-        weights=len(weights),
+        weights=given,
         weight_bytes=manifest.weight_bytes,
         distinct_weights=len(distinct),
         distinct_bytes=sum(distinct.values()),
         new_bytes=new_bytes,
         stored_bytes=sum(distinct.values()) - new_bytes,
+        derived_bytes=needed - sum(distinct.values()),
+        new_derived_bytes=new_derived,
         small_bytes=small,
         constants=constants,
         renamed=sum(n - 1 for n in renamed.values()),
@@ -231,7 +259,7 @@ def _store_weights(
     for item in found:
         tensor = item.tensor
         size = tensor_bytes(tensor)
-        digest = opened.digest_of(tensor)
+        digest, pieces = _digests(opened, tensor, size)
         if not store.objects.holds(digest, size):
             store.objects.add(digest, size, opened.pieces(tensor))
             new += size
@@ -243,6 +271,7 @@ def _store_weights(
                 dtype=TensorProto.DataType.Name(tensor.data_type).lower(),
                 shape=tuple(tensor.dims),
                 overridable=item.overridable,
+                pieces=pieces,
             )
         )
         make_external(tensor, store.objects.location(digest), size)
@@ -252,8 +281,67 @@ def _store_weights(
     return weights, new
 
 
-def cut_runs(weights: Sequence[Weight], store: Store, target: Path) -> tuple[Run, ...]:
-    """Cut the weights into runs: wherever another package of the store starts or stops being equal."""
+def _digests(opened: ModelSource, tensor: TensorProto, size: int) -> tuple[str, str]:
+    """A weight's digest and, where it is large, those of its pieces; its bytes are read once."""
+    if size < LARGE_WEIGHT:
+        return opened.digest_of(tensor), ""
+    digest, pieces, done = digests_of_pieces(opened.pieces(tensor), PIECE)
+    if done != size:  # the source says what is wrong with it
+        return opened.digest_of(tensor), ""
+    return digest, pieces
+
+
+def _store_fused(
+    model: ModelProto, weights: list[Weight], others: tuple[str, ...], store: Store
+) -> tuple[list[Weight], int]:
+    """Put the fused graph's new weights into the store; returns all weights of the package and the bytes added.
+
+    `weights` are those of the variants `others`.
+    """
+    known = {weight.name: weight for weight in weights}
+    used: set[str] = set()
+    added: list[Weight] = []
+    new = 0
+    found = [
+        item
+        for item in initializers(model)
+        if is_external(item.tensor) or tensor_bytes(item.tensor) >= MINIMUM_WEIGHT
+    ]
+    for item in _by_use(model, found):
+        tensor = item.tensor
+        if tensor.name in known:
+            used.add(tensor.name)
+            continue
+        size, pieces = tensor_bytes(tensor), ""
+        if is_external(tensor):  # the bytes of a weight that is there, under another name
+            digest = external_entries(tensor)["location"].rpartition("/")[2]
+            pieces = next(weight.pieces for weight in weights if weight.digest == digest)
+        else:
+            data = inline_bytes(tensor)
+            digest = digest_of(data)
+            if size >= LARGE_WEIGHT:
+                pieces = digests_of_pieces([data], PIECE)[1]
+            new += size if store.objects.add_buffer(data, digest)[1] else 0
+            make_external(tensor, store.objects.location(digest), size)
+        added.append(
+            Weight(
+                name=tensor.name,
+                digest=digest,
+                bytes=size,
+                dtype=TensorProto.DataType.Name(tensor.data_type).lower(),
+                shape=tuple(tensor.dims),
+                variants=("cuda",),
+                pieces=pieces,
+            )
+        )
+    kept = [w if w.name in used else w.model_copy(update={"variants": others}) for w in weights]
+    return [*kept, *added], new
+
+
+def cut_runs(
+    weights: Sequence[Weight], store: Store, target: Path, cuts: Iterable[int] = ()
+) -> tuple[Run, ...]:
+    """Cut the weights into runs: at `cuts`, and wherever another package of the store starts or stops being equal."""
     digests = [weight.digest for weight in weights]
     mine = set(digests)
     others = sorted(
@@ -264,12 +352,14 @@ def cut_runs(weights: Sequence[Weight], store: Store, target: Path) -> tuple[Run
         ),
         reverse=True,
     )
-    cuts: set[int] = set()
+    edges_within = {cut for cut in cuts if 0 < cut < len(digests)}
     for shared, path in others[:COMPARED_PACKAGES]:
         if shared:
             with contextlib.suppress(PackageError, OSError):
-                cuts |= _borders(digests, [weight.digest for weight in read_manifest(Path(path)).weights])
-    edges = [0, *sorted(cuts), len(digests)] if digests else [0]
+                edges_within |= _borders(
+                    digests, [weight.digest for weight in read_manifest(Path(path)).weights]
+                )
+    edges = [0, *sorted(edges_within), len(digests)] if digests else [0]
     runs = []
     for first, end in itertools.pairwise(edges):
         part = tuple(weights[first:end])

@@ -68,6 +68,7 @@ def export(
         helper.set_model_props(graph, {**_properties(graph), EXPORTED: opened.manifest.identity})
         external = [item.tensor for item in initializers(graph) if is_external(item.tensor)]
         weights = {weight.name: weight for weight in opened.manifest.weights}
+        total = sum(opened.manifest.distinct_of("onnx").values())
         offsets: dict[str, int] = {}
         position = 0
         made = not folder.exists()
@@ -86,7 +87,7 @@ def export(
                             for piece in checked_object(opened, weight.digest, weight.bytes):
                                 position += file.write(piece)
                             if progress:
-                                progress("weights", position, sum(opened.manifest.distinct.values()))
+                                progress("weights", position, total)
                         make_external(tensor, data, weight.bytes)
                         tensor.external_data[1].value = str(offsets[weight.digest])
                     file.truncate(position)

@@ -110,12 +110,12 @@ def feeds_of(
             continue
         shape = wanted.get(value.name)
         if shape is None and value.shape is not None:
-            shape = tuple(axis if isinstance(axis, int) else _size(axis, symbols) for axis in value.shape)
+            shape = tuple(axis if isinstance(axis, int) else size_of(axis, symbols) for axis in value.shape)
         feeds[value.name] = generate(value, shape, rng)
     return feeds, tuple(value.name for value in inputs if value.name not in arrays)
 
 
-def _size(axis: str | None, symbols: Mapping[str, int]) -> int:
+def size_of(axis: str | None, symbols: Mapping[str, int]) -> int:
     """The size of an axis that is not declared; exporters write sums such as `past_sequence_length + 1`."""
     if axis is None or axis in symbols:
         return symbols.get(axis or "", 1)

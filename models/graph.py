@@ -15,6 +15,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from glake_infer.allocators.errors import ModelError
 
+MINIMUM_WEIGHT = 1024
+"""Bytes from which a weight goes to the store; smaller ones stay in the graph."""
+
 PACKED_BITS = {
     TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4,
     getattr(TensorProto, "INT2", -1): 2, getattr(TensorProto, "UINT2", -2): 2,
@@ -177,7 +180,7 @@ def lift_constants(model: ModelProto, minimum: int) -> int:
             weight.CopyFrom(tensor)
             weight.name = name
             if name in outputs:
-                weight.name = _unused(f"{name}__weight", taken)
+                weight.name = unused(f"{name}__weight", taken)
                 node.CopyFrom(helper.make_node("Identity", [weight.name], [name], name=node.name))
             else:
                 del scope.node[index]
@@ -224,7 +227,7 @@ def make_names_unique(model: ModelProto) -> dict[str, int]:
     return repeated
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: set[str]) -> str:
     """`name`, with something behind it where it is in `taken`, which then holds it."""
     new = next(
         new for number in itertools.count() if (new := f"{name}_{number}" if number else name) not in taken
@@ -266,7 +269,7 @@ def _rename_scope(
             continue
         old = tensor.name
         repeated[old] = repeated.get(old, 1) + 1
-        new = _unused(f"{old}__{repeated[old]}", taken)
+        new = unused(f"{old}__{repeated[old]}", taken)
         seen.add(new)
         tensor.name = new
         renames[old] = new

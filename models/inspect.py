@@ -11,8 +11,14 @@ from pathlib import Path
 
 from onnx import TensorProto
 
-from glake_infer.models.convert import MINIMUM_WEIGHT, without_weighty_functions
-from glake_infer.models.graph import initializers, lift_constants, make_names_unique, tensor_bytes
+from glake_infer.models.convert import without_weighty_functions
+from glake_infer.models.graph import (
+    MINIMUM_WEIGHT,
+    initializers,
+    lift_constants,
+    make_names_unique,
+    tensor_bytes,
+)
 from glake_infer.models.manifest import Value, Variant
 from glake_infer.models.package import Package
 from glake_infer.models.source import SourceModel
@@ -39,11 +45,14 @@ class InspectedModel:
     kind: str
     """"onnx" or "package"."""
     weights: tuple[InspectedWeight, ...]
+    """Those of the model as it was given."""
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     variants: dict[str, Variant]
     runs: int
     notes: tuple[str, ...]
+    derived_bytes: int = 0
+    """Distinct bytes that the store holds for a package's other variants alone."""
 
     @property
     def bytes(self) -> int:
@@ -114,7 +123,10 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
     manifest = package.manifest
     for variant in manifest.variants:
         package.graph(variant)
-    weights = tuple(InspectedWeight(w.name, w.digest, w.bytes, w.dtype, w.shape) for w in manifest.weights)
+    weights = tuple(
+        InspectedWeight(w.name, w.digest, w.bytes, w.dtype, w.shape) for w in manifest.weights_of("onnx")
+    )
+    own = manifest.distinct_of("onnx")
     return InspectedModel(
         str(path),
         "package",
@@ -124,6 +136,7 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         dict(manifest.variants),
         len(manifest.runs),
         manifest.notes,
+        sum(size for digest, size in manifest.distinct.items() if digest not in own),
     )
 
 

@@ -1,4 +1,4 @@
-"""The manifest of a package (`manifest.json`), version 1. The specification is docs/package-format.md."""
+"""The manifest of a package (`manifest.json`), version 2. The specification is docs/package-format.md."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from glake_infer.allocators.errors import PackageError, UnsupportedVersionError
-from glake_infer.digest import digest_of
+from glake_infer.digest import DIGEST_LENGTH, digest_of
 from glake_infer.store import MANIFEST
 
 FORMAT = "glake-infer package"
-VERSION = 1
+VERSION = 2
 MAXIMUM_BYTES = 256 << 20
 """A manifest above this is refused unread."""
 
+PIECE = 2 << 20
+"""Bytes of a piece of a large weight (the last may be shorter): a granule of a GPU's memory."""
+
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Digests = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})*$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 Bytes = Annotated[int, Field(ge=0)]
 Index = Annotated[int, Field(ge=0)]
@@ -63,7 +67,7 @@ class Variant(_Part):
 
 
 class Weight(_Part):
-    """A weight, by the name it has in every variant (unique in all scopes)."""
+    """A weight, by the name it has in every variant that uses it (unique in all scopes of all of them)."""
 
     name: str
     digest: Digest
@@ -71,6 +75,14 @@ class Weight(_Part):
     dtype: str
     shape: tuple[Index, ...]
     overridable: bool = False
+    variants: tuple[str, ...] = ()
+    """The variants that use it; empty: all."""
+    pieces: Digests = ""
+    """Of a large weight: the digests of its consecutive PIECE bytes, one after the other; else empty."""
+
+    def used_by(self, variant: str) -> bool:
+        """Whether a variant uses it."""
+        return not self.variants or variant in self.variants
 
 
 class Run(_Part):
@@ -90,7 +102,7 @@ class Manifest(_Part):
     """A package's table of contents."""
 
     format: Literal["glake-infer package"] = "glake-infer package"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     producer: str
     source: Source
     inputs: tuple[Value, ...]
@@ -114,6 +126,8 @@ class Manifest(_Part):
                 raise ValueError(
                     f"weight {weight.name!r} gives its digest another size than an earlier weight"
                 )
+        for weight in self.weights:
+            self._check_weight(weight)
         position = 0
         for run in self.runs:
             part = self.weights[run.first : run.first + run.count]
@@ -128,14 +142,34 @@ class Manifest(_Part):
             raise ValueError("the variant 'onnx' is missing")
         return self
 
+    def _check_weight(self, weight: Weight) -> None:
+        if self.version == 1 and (weight.variants or weight.pieces):
+            raise ValueError(f"weight {weight.name!r} has fields that version 1 does not know")
+        if len(set(weight.variants)) != len(weight.variants):
+            raise ValueError(f"weight {weight.name!r} names a variant twice")
+        if unknown := set(weight.variants) - self.variants.keys():
+            raise ValueError(
+                f"weight {weight.name!r} names the variant {sorted(unknown)[0]!r}, which is not there"
+            )
+        if weight.pieces and len(weight.pieces) != DIGEST_LENGTH * -(-weight.bytes // PIECE):
+            raise ValueError(f"the pieces of weight {weight.name!r} do not fit its {weight.bytes} bytes")
+
+    def weights_of(self, variant: str = "onnx") -> tuple[Weight, ...]:
+        """The weights that a variant uses, in order; by default those of the model as it was given."""
+        return tuple(weight for weight in self.weights if weight.used_by(variant))
+
+    def distinct_of(self, variant: str = "onnx") -> dict[str, int]:
+        """Digest -> bytes of every distinct weight of a variant."""
+        return {weight.digest: weight.bytes for weight in self.weights_of(variant)}
+
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights, equal ones counted every time."""
-        return sum(weight.bytes for weight in self.weights)
+        """Bytes of all weights of the model as it was given, equal ones counted every time."""
+        return sum(weight.bytes for weight in self.weights_of())
 
     @property
     def distinct(self) -> dict[str, int]:
-        """Digest -> bytes of every distinct weight."""
+        """Digest -> bytes of every distinct weight of all variants: what the package needs of the store."""
         return {weight.digest: weight.bytes for weight in self.weights}
 
     def sealed(self) -> Manifest:
@@ -160,7 +194,8 @@ def _identity(content: dict[str, Any]) -> str:
 def read_manifest(package: Path) -> Manifest:
     """Read and check `package/manifest.json`.
 
-    Raises PackageError (not a package, damaged, altered) or UnsupportedVersionError (a newer version).
+    One of version 1 is returned as version 2, which says the same; its identity stays that of the file. Raises
+    PackageError (not a package, damaged, altered) or UnsupportedVersionError (a newer version).
     """
     path = package / MANIFEST
     if not package.exists():
@@ -199,4 +234,4 @@ def read_manifest(package: Path) -> Manifest:
             f"{path} was altered after it was written (its identity does not fit its content). Convert the "
             "model again."
         )
-    return manifest
+    return manifest.model_copy(update={"version": VERSION})

@@ -172,7 +172,7 @@ class Model:
             own=weighed.own,
             private=self._private,
             asleep=weighed.asleep,
-            waking=weighed.asleep / rate if rate else None,
+            waking=0.0 if not weighed.asleep else weighed.asleep / rate if rate else None,
             pinned=weighed.pinned,
             libraries=self._libraries,
             shared_with=dict(sorted(names.items())),

@@ -134,11 +134,11 @@ class Package:
             model = onnx.load_model_from_string(data)
         except (DecodeError, ValueError) as error:
             raise PackageError(f"{path} is not an ONNX graph ({error}). {self._again()}") from error
-        self._check_weights(model, path)
+        self._check_weights(model, path, variant)
         return model
 
-    def _check_weights(self, model: ModelProto, path: Path) -> None:
-        expected = {weight.name: weight for weight in self.manifest.weights}
+    def _check_weights(self, model: ModelProto, path: Path, variant: str) -> None:
+        expected = {weight.name: weight for weight in self.manifest.weights_of(variant)}
         found: set[str] = set()
         for item in initializers(model):
             if not is_external(item.tensor):
@@ -147,8 +147,8 @@ class Package:
             weight = expected.get(item.tensor.name)
             if weight is None:
                 raise PackageError(
-                    f"{path} has the weight {item.tensor.name!r}, which the manifest does not list. "
-                    f"{self._again()}"
+                    f"{path} has the weight {item.tensor.name!r}, which the manifest does not list for the "
+                    f"variant {variant!r}. {self._again()}"
                 )
             if (
                 entries

@@ -10,8 +10,8 @@ from blake3 import blake3
 from onnx import ModelProto, TensorProto
 
 from glake_infer.digest import Buffer, digest_of
-from glake_infer.models.convert import MINIMUM_WEIGHT, ConvertReport, convert_source
-from glake_infer.models.graph import tensor_bytes
+from glake_infer.models.convert import ConvertReport, convert_source
+from glake_infer.models.graph import MINIMUM_WEIGHT, tensor_bytes
 from glake_infer.models.progress import Progress
 from glake_infer.models.zoo import Description
 from glake_infer.store import Store

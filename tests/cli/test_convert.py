@@ -11,7 +11,7 @@ def test_convert_prints_a_table_and_json(empty_shop, shop, fits):
     assert report["new_bytes"] == report["distinct_bytes"] > 0
     assert report["stored_bytes"] == 0
     assert report["package"] == "x.glake"
-    assert report["variants"] == ["onnx"]
+    assert report["variants"] == ["onnx", "cuda"]
     assert {"source", "weights", "weight_bytes", "constants", "runs", "notes", "seconds"} <= report.keys()
     out, err = empty_shop.run("convert", shop.folder / "b.onnx", "-o", "y.glake")
     assert err == ""
@@ -74,7 +74,7 @@ def test_zoo_lists_and_writes(empty_shop, fits):
     assert written["files"] == ["m.onnx"]
     assert (empty_shop.folder / "m.onnx").stat().st_size == written["bytes"]
     report = empty_shop.json("zoo", "bert-tiny", "--dtype", "float16", "--labels", "5", "-o", "m.glake")
-    assert report["variants"] == ["onnx", "cpu-lean"]
+    assert report["variants"] == ["onnx", "cpu-lean", "cuda"]
     other = ["zoo", "bert-tiny", "--dtype", "float16", "--labels", "5", "--variant", "1", "--changed", "0.1"]
     changed = empty_shop.json(*other, "-o", "v.glake")
     assert 0.05 < changed["new_bytes"] / changed["distinct_bytes"] < 0.15

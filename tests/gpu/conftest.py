@@ -32,6 +32,7 @@ def pool(device):
 
     from glake_infer import Pool
     from glake_infer.allocators import InvalidPointerError, PoolInUseError
+    from glake_infer.allocators.pool import _handles
 
     pool = Pool(device, limit="4GiB")
     yield pool
@@ -48,5 +49,7 @@ def pool(device):
                 if used.state == "active":
                     with contextlib.suppress(InvalidPointerError):  # a session went meanwhile
                         pool.deallocate(used.address)
-        pool.close()
+        with contextlib.suppress(PoolInUseError):
+            pool.close()
+        _handles.pop(device, None)  # weights of its sessions: the next handle takes the pool over
         raise

@@ -283,7 +283,6 @@ def test_parts_of_large_weights_are_shared(tmp_path, pool):
         holding.close()
 
 
-@pytest.mark.faults
 def test_weights_are_read_only_on_the_gpu(tmp_path, device):
     from tests import processes
 

@@ -98,7 +98,7 @@ def test_what_the_report_and_the_manifest_say(store, tmp_path):
     assert (report.source, report.package, report.variants) == (
         str(path),
         str(tmp_path / "p.glake"),
-        ("onnx",),
+        ("onnx", "cuda"),
     )
     assert seen == [("weights", done, 12288) for done in (4096, 8192, 12288)]
     manifest = Package(tmp_path / "p.glake").manifest

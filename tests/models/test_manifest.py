@@ -70,11 +70,11 @@ def test_a_round_trip(tmp_path):
 
 
 def test_the_format():
-    """Golden: what version 1 looks like never changes."""
+    """Golden: what version 2 looks like never changes."""
     content = json.loads(make(weights=WEIGHTS[:1], runs=(run(0, WEIGHTS[0]),)).to_json())
     assert content == {
         "format": "glake-infer package",
-        "version": 1,
+        "version": 2,
         "producer": "test",
         "source": {"name": "model.onnx", "digest": C},
         "inputs": [{"name": "x", "dtype": "float", "shape": ["n", None, 3]}],
@@ -88,6 +88,8 @@ def test_the_format():
                 "dtype": "float",
                 "shape": [32, 32],
                 "overridable": False,
+                "variants": [],
+                "pieces": "",
             }
         ],
         "runs": [{"first": 0, "count": 1, "bytes": 4096, "digest": digest_of(A.encode())}],
@@ -96,6 +98,58 @@ def test_the_format():
     }
     rest = {key: value for key, value in content.items() if key != "identity"}
     assert content["identity"] == digest_of(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+VERSION_1 = b"""{
+ "format": "glake-infer package", "version": 1, "producer": "glake-infer 0.1.0",
+ "source": {"name": "m.onnx", "digest": "0000000000000000000000000000000000000000000000000000000000000000"},
+ "inputs": [{"name": "x", "dtype": "float", "shape": ["n", 32]}],
+ "outputs": [{"name": "y", "dtype": "float", "shape": null}],
+ "variants": {
+  "onnx": {"graph": "graph.onnx", "purpose": "as given",
+   "digest": "1111111111111111111111111111111111111111111111111111111111111111"},
+  "cpu-lean": {"graph": "graph.cpu-lean.onnx", "purpose": "lean",
+   "digest": "2222222222222222222222222222222222222222222222222222222222222222"}},
+ "weights": [{"name": "a", "bytes": 4096, "dtype": "float", "shape": [32, 32], "overridable": false,
+  "digest": "3333333333333333333333333333333333333333333333333333333333333333"}],
+ "runs": [{"first": 0, "count": 1, "bytes": 4096,
+  "digest": "8c54dea7ddc459b304995ac44e7660a78d69d856de9d28e9665737bbb8c6bf52"}],
+ "notes": [], "identity": "b949f6d883f11ec565a235d99194b5179a84f39b49af89f24abbc9310973d76c"}
+"""
+
+
+def test_version_1_stays_readable(tmp_path):
+    """Stored bytes: what was written before there were variants with weights of their own."""
+    folder = write(tmp_path / "p", VERSION_1)
+    manifest = read_manifest(folder)
+    assert manifest.version == 2
+    assert manifest.identity == json.loads(VERSION_1)["identity"]
+    for variant in ("onnx", "cpu-lean"):
+        assert [w.name for w in manifest.weights_of(variant)] == ["a"]
+    assert manifest.weight_bytes == 4096
+    write(tmp_path / "q", manifest.sealed().to_json())
+    again = read_manifest(tmp_path / "q")
+    assert again.model_copy(update={"identity": manifest.identity}) == manifest
+    content = json.loads(VERSION_1)
+    content["weights"][0]["pieces"] = A
+    with pytest.raises(PackageError, match="fields that version 1 does not know"):
+        read_manifest(write(tmp_path / "p", resealed(content)))
+
+
+def test_the_weights_of_a_variant():
+    weights = (
+        weight("a"),
+        Weight(**{**weight("b", B).model_dump(), "variants": ("onnx",)}),
+        Weight(**{**weight("c", C, 8192).model_dump(), "variants": ("cuda",)}),
+    )
+    variants = {
+        name: Variant(graph=f"{name}.onnx", digest=C, purpose="p") for name in ("onnx", "cpu-lean", "cuda")
+    }
+    manifest = make(weights=weights, variants=variants, runs=(run(0, *weights),))
+    assert [w.name for w in manifest.weights_of()] == ["a", "b"]
+    assert [w.name for w in manifest.weights_of("cpu-lean")] == ["a"]
+    assert manifest.distinct_of("cuda") == {A: 4096, C: 8192}
+    assert (manifest.weight_bytes, manifest.distinct) == (8192, {A: 4096, B: 4096, C: 8192})
 
 
 @pytest.mark.parametrize(
@@ -120,6 +174,15 @@ def test_the_format():
         (lambda c: c["runs"][0].update(count=0), "runs.0.count"),
         (lambda c: c["runs"][1].update(count=2), "in order"),
         (lambda c: c["runs"][0].update(bytes=1), "does not fit its weights"),
+        (
+            lambda c: c["weights"][0].update(variants=["other"]),
+            "names the variant 'other', which is not there",
+        ),
+        (lambda c: c["weights"][0].update(variants=["onnx", "onnx"]), "names a variant twice"),
+        (lambda c: c["weights"][0].update(pieces=A * 2), "pieces of weight 'a' do not fit its 4096 bytes"),
+        (lambda c: c["weights"][0].update(pieces=A[:-1]), "weights.0.pieces"),
+        (lambda c: c["weights"][0].update(pieces=A.upper()), "weights.0.pieces"),
+        (lambda c: c["weights"][0].update(pieces=A + "\n"), "weights.0.pieces"),
         (lambda c: c.update(version="one"), "version"),
         (lambda c: c.update(version=0), "version"),
         (lambda c: c.update(inputs=None), "inputs"),
@@ -149,10 +212,10 @@ def test_an_altered_manifest_is_noticed(tmp_path, content, change):
 
 
 def test_a_newer_version_says_so_whatever_else_is_new(tmp_path, content):
-    content.update(version=2, weights="elsewhere", more=[])
+    content.update(version=3, weights="elsewhere", more=[])
     with pytest.raises(
         UnsupportedVersionError,
-        match=r"format version 2; this glake-infer reads up to version 1.*pip install -U",
+        match=r"format version 3; this glake-infer reads up to version 2.*pip install -U",
     ):
         read_manifest(write(tmp_path / "p", content))
 

@@ -105,6 +105,6 @@ def test_constants_only(workshop):
     assert not source.graph.initializer
     constants = [node.attribute[0].t for node in source.graph.node if node.op_type == "Constant"]
     held = [onnx.numpy_helper.to_array(tensor).tobytes() for tensor in constants]
-    weights = Package(make("ppocr-cls"), store).manifest.weights
+    weights = Package(make("ppocr-cls"), store).manifest.weights_of("onnx")
     assert sorted(w.bytes for w in weights) == sorted(len(data) for data in held if len(data) >= 1024)
     assert len(weights) == 45

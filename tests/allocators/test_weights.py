@@ -1,0 +1,222 @@
+"""Weights in the native pool: chunks that come and go, and never while work that reads them is queued."""
+
+import ctypes
+import threading
+import time
+
+import pytest
+
+from glake_infer.allocators import InvalidPointerError, OutOfMemoryError, _native
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+@pytest.fixture
+def device():
+    return _native.SimulatedDevice()
+
+
+@pytest.fixture
+def pool(device):
+    pool = _native.Pool.simulated(device, 16 * MiB)
+    yield pool
+    pool.check_invariants()
+
+
+def fill(pool, user, value):
+    """Begin a use and load what is missing."""
+    chunks = pool.begin_use(user)
+    for chunk in chunks:
+        ctypes.memset(pool.address_of(chunk), value, MiB)
+    pool.loaded(user, chunks)
+    return chunks
+
+
+def make(pool, count, **policy):
+    region, address, chunks = pool.place_weights([(MiB, MiB - 10, 0)] * count, False)
+    return region, address, chunks, pool.add_user(chunks, **policy)
+
+
+def test_a_use_loads_what_is_missing_and_figures_follow(pool):
+    region, address, chunks, user = make(pool, 3)
+    assert pool.stats()["reserved"] == 0
+    assert pool.user(user) | {"idle_seconds": 0} == {
+        "bytes": 3 * MiB, "missing": 3 * MiB, "busy": 0, "awake": False, "evictable": False, "priority": 0,
+        "idle_seconds": 0}  # fmt: skip
+    assert fill(pool, user, 7) == chunks
+    assert [pool.address_of(c) for c in chunks] == [address + i * MiB for i in range(3)]
+    assert pool.user(user)["missing"] == 0
+    assert pool.user(user)["busy"] == 1
+    stats = pool.stats()
+    assert (stats["reserved"], stats["active"], stats["requested"]) == (3 * MiB, 3 * MiB, 3 * (MiB - 10))
+    assert stats["weights"] == 3 * (MiB - 10)
+    assert pool.begin_use(user) == []
+    pool.end_use(user)
+    pool.end_use(user)
+    assert pool.suspend(user) == 3 * MiB
+    assert pool.stats()["reserved"] == 0
+    assert fill(pool, user, 8) == chunks
+    assert ctypes.string_at(address, 3 * MiB) == b"\x08" * (3 * MiB)
+    pool.end_use(user)
+    with pytest.raises(InvalidPointerError, match="still used"):
+        pool.remove_region(region)
+    pool.remove_user(user)
+    assert pool.stats()["active"] == 0
+    assert pool.stats()["unused_weights"] == pool.resident_in(region) == 3 * MiB
+    pool.trim()
+    assert pool.resident_in(region) == 0
+    pool.remove_region(region)
+    with pytest.raises(InvalidPointerError):
+        pool.remove_region(region)
+    with pytest.raises(InvalidPointerError):
+        pool.begin_use(user)
+
+
+@pytest.mark.parametrize("way", ["suspend", "evict", "trim", "remove"])
+def test_memory_goes_only_when_queued_work_has_passed(pool, device, way):
+    """A job that reads unmapped memory ends the process."""
+    region, address, _, user = make(pool, 4, evictable=True)
+    stream = device.create_stream()
+    for turn in range(5):
+        fill(pool, user, turn)
+        device.enqueue_delay(stream, 20_000)
+        device.enqueue_check(stream, address, 4 * MiB, turn)
+        pool.end_use(user)  # the work is queued, and goes on
+        if way == "suspend":
+            assert pool.suspend(user) == 4 * MiB
+        elif way == "evict":
+            pool.deallocate(pool.allocate(16 * MiB, stream=stream))
+            assert pool.user(user)["missing"] == 4 * MiB
+            pool.trim()
+        else:
+            pool.remove_user(user)
+            if way == "trim":
+                pool.trim()
+                assert pool.stats()["reserved"] == 0
+            else:
+                pool.remove_region(region)
+            pool.check_invariants()
+            region, address, _, user = make(pool, 4)
+    device.synchronize_stream(stream)
+    assert (device.mismatches, device.misuses) == (0, 0)
+
+
+def test_a_chunk_in_two_regions_is_one_memory(pool):
+    _, first, chunks, one = make(pool, 2)
+    region, second, both = pool.place_weights([(MiB, MiB, 0), (MiB, MiB, chunks[1])], False)
+    assert both[1] == chunks[1]
+    two = pool.add_user(both)
+    fill(pool, one, 3)
+    assert pool.begin_use(two) == [both[0]]
+    ctypes.memset(second, 4, MiB)
+    pool.loaded(two, [both[0]])
+    assert ctypes.string_at(second, 2 * MiB) == b"\4" * MiB + b"\3" * MiB
+    assert pool.stats()["reserved"] == 3 * MiB
+    third, address, _ = pool.place_weights([(MiB, MiB, chunks[1])], False)  # while it is there
+    assert ctypes.string_at(address, MiB) == b"\3" * MiB
+    pool.remove_region(third)
+    pool.end_use(one)
+    pool.end_use(two)
+    assert pool.suspend(one) == MiB
+    assert ctypes.string_at(second + MiB, 10) == b"\3" * 10
+    assert pool.suspend(two) == 2 * MiB
+    fill(pool, one, 5)
+    assert ctypes.string_at(second + MiB, 10) == b"\5" * 10
+    pool.end_use(one)
+    pool.remove_user(two)
+    pool.remove_region(region)
+    assert ctypes.string_at(first + MiB, 10) == b"\5" * 10
+    pool.remove_user(one)
+    with pytest.raises(InvalidPointerError, match="cannot be mapped a second time"):
+        pool.place_weights([(2 * MiB, MiB, chunks[0])], False)
+
+
+def test_a_failed_load_leaves_the_chunks_absent_and_wakes_who_waits_for_them(pool):
+    _, _, chunks, one = make(pool, 2)
+    two = pool.add_user(chunks)
+    assert pool.begin_use(one) == chunks
+    got = []
+    thread = threading.Thread(target=lambda: got.append(pool.begin_use(two)))
+    thread.start()
+    time.sleep(0.05)
+    assert not got
+    pool.load_failed(one, chunks)
+    thread.join()
+    assert got == [chunks]  # now it is the other's to load them
+    pool.loaded(two, chunks)
+    assert pool.begin_use(one) == []
+    pool.end_use(one)
+    pool.end_use(two)
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_after_a_driver_call_that_fails_all_is_as_before(pool, calls):
+    _, _, chunks, user = make(pool, 3)
+    pool.inject_failure(calls, 10**6)
+    try:
+        got = pool.begin_use(user)
+        pool.loaded(user, got)
+    except _native.DriverError if hasattr(_native, "DriverError") else Exception:
+        pool.inject_failure(-1)
+        pool.check_invariants()
+        if pool.user(user)["busy"]:
+            pool.load_failed(user, chunks)
+        assert pool.stats()["reserved"] == 0
+        assert pool.user(user)["busy"] == 0
+    pool.inject_failure(-1)
+    assert pool.begin_use(user) in ([], chunks)
+
+
+def test_what_has_waited_long_is_served_before_what_comes_and_goes(pool):
+    """Without an order, two small models that take turns would keep a large one out for ever."""
+    _, _, _, large = make(pool, 12, evictable=True)
+    small = [make(pool, 5, evictable=True)[3] for _ in range(2)]
+    stop, served = threading.Event(), []
+
+    def churn(user, offset):
+        time.sleep(offset)
+        while not stop.is_set():
+            fill(pool, user, 1)
+            time.sleep(0.03)
+            pool.end_use(user)
+
+    def ask():
+        fill(pool, large, 2)
+        served.append(True)
+        pool.end_use(large)
+
+    threads = [threading.Thread(target=churn, args=(user, 0.015 * n)) for n, user in enumerate(small)]
+    threads.append(threading.Thread(target=ask))
+    for thread in threads:
+        thread.start()
+    threads[-1].join(10)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert served
+
+
+def test_a_budget_below_one_model_is_an_error_that_names_what_would_do(pool):
+    _, _, _, user = make(pool, 20)
+    with pytest.raises(OutOfMemoryError) as caught:
+        pool.begin_use(user)
+    assert caught.value.needed_limit == 20 * MiB
+    assert pool.stats()["reserved"] == 0
+    pool.set_limit(20 * MiB)
+    fill(pool, user, 1)
+    pool.end_use(user)
+
+
+def test_debug_mode_counts_weights_too():
+    pool = _native.Pool(16 * MiB)
+    pool.configure("on")
+    _, _, _, user = make(pool, 4, evictable=True)
+    fill(pool, user, 1)
+    pool.end_use(user)
+    assert pool.stats()["active"] == 4 * MiB
+    address = pool.allocate(14 * MiB - 512 * KiB)
+    assert pool.user(user)["missing"] != 0
+    pool.deallocate(address)
+    pool.remove_user(user)
+    pool.trim()
+    pool.configure("off")
