@@ -320,7 +320,7 @@ void Weights::failed(Id id, std::span<const Id> ids) noexcept {
     const auto chunk = chunks_.find(each);
     if (chunk != chunks_.end() && chunk->second.state == State::loading) make_absent(chunk->second);
   }
-  if (user != users_.end()) --user->second.busy;
+  if (user != users_.end() && --user->second.busy == 0) user->second.awake = false;
 }
 
 void Weights::end(Id id) {

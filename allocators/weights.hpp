@@ -102,7 +102,7 @@ class Weights {
   };
   [[nodiscard]] std::optional<std::vector<Id>> begin(Id user);
   void loaded(Id user, std::span<const Id> chunks);
-  // They are absent again, and the use has ended.
+  // They are absent again, and the use has ended; with it the only one, the user is as after suspend().
   void failed(Id user, std::span<const Id> chunks) noexcept;
   void end(Id user);
   // Where a chunk that is loading lies: in its first region.

@@ -4,7 +4,7 @@ A chunk is mapped whole or not at all, so what is to come and go by itself must 
 but mapping costs are per chunk, and rounding every weight up to a granule would waste a quarter of a BERT. So weights of
 one group (those that the same models have) are packed one behind the other, and chunks are cut at the edges of groups
 alone: large ones inside, one granule where an edge falls into it. A group, and a large weight, begins at a granule where
-that padding stays under 1 % of everything.
+that padding stays under 1 % of everything, and a large weight of which another version is known in any case.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ def plan(items: Sequence[Item], granule: int, twin_of: Callable[[Item], Twin | N
     groups: dict[Hashable, list[Item]] = {}
     for item in items:
         padding = -item.size % granule
-        if item.pieces and item.size >= LARGE and PIECE % granule == 0 and padding <= spare:
+        large = item.pieces and item.size >= LARGE and PIECE % granule == 0
+        twin = twin_of(item) if large else None
+        if large and (twin or item.edges or padding <= spare):
             spare -= padding
-            regions.append(_parted(item, granule, twin_of(item)))
+            regions.append(_parted(item, granule, twin))
         else:
             groups.setdefault(item.group, []).append(item)
     for members in groups.values():

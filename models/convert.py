@@ -54,7 +54,7 @@ COMPARED_PACKAGES = 64
 
 VARIANTS = {
     "onnx": "the model as it was given, its weights in the store",
-    "cpu-lean": "for sharing='lean' on the CPU: nothing is folded to a wider type",
+    "cpu-lean": "for sharing='lean': nothing is folded to a wider type",
     "cuda": "for CUDA: fused, so that a session makes no weights of its own",
 }
 """Graphs that a package can hold. The others exist only where they differ; "cuda" has weights of its own."""

@@ -512,8 +512,9 @@ def load(
     sharing
         "fast": weights as ONNX Runtime computes with them (fused, folded, prepacked), derived once per machine
         and then mapped by every session of every process. "lean": weights as they are in the store, nothing
-        derived that would be larger; int8 and fp16 models stay small, and runs are slower. On CUDA both are the
-        same: weights as the package's `cuda` variant has them, fused at conversion, one copy of each in the pool.
+        derived that would be larger; int8 and fp16 models stay small, and runs are slower. On CUDA "fast" takes the
+        package's `cuda` variant, fused at conversion, and "lean" is the same unless weights would be widened. Either
+        way there is one copy of each weight in the pool, whatever number of models has it.
     optimization
         ONNX Runtime's graph optimization level.
     threads
@@ -572,8 +573,7 @@ def load(
         package = Package(Path(path), store)
         model = Model(package, place, sharing, host_copy)
         package.check_present()
-        preferred = "cuda" if place.device != "cpu" else "cpu-lean" if sharing == "lean" else "onnx"
-        variant = preferred if preferred in package.manifest.variants else "onnx"
+        variant = _variant(package, place, sharing)
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
 
@@ -600,17 +600,22 @@ def load(
     raise AssertionError("unreachable")
 
 
+def _variant(package: Package, pool: Pool, sharing: Sharing) -> str:
+    """The package's graph for this device and way of sharing."""
+    wanted = ["cpu-lean"] if sharing == "lean" else []
+    if not maps_weights(pool):
+        wanted.append("cuda")
+    return next((name for name in wanted if name in package.manifest.variants), "onnx")
+
+
 def _prepared(
     model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
 ) -> Prepared:
     """The prepared graph; where this machine cannot keep one, and on a GPU, the package's own."""
     package = model.package
     if not model._maps:
-        if model.sharing == "lean":
-            model._notes = (
-                *model._notes,
-                f"sharing='lean' is the same as 'fast' on {model.pool.device}: nothing is prepacked there",
-            )
+        if model.sharing == "lean" and variant != "cpu-lean":
+            model._notes = (*model._notes, "sharing='lean' is the same as 'fast' here: nothing would be widened")
         return _as_given(package, variant)
     try:
         with session_errors(model.pool, "preparing", model.name):
@@ -741,7 +746,7 @@ def _build_session(
             lean = model.sharing == "lean" and model._maps
             options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
             model._captures = captures_graphs(providers)
-            if not model._maps and not model._captures and not _names_a_stream(providers):
+            if pool.device != "cpu" and not model._captures and not _names_a_stream(providers):
                 stream = _take_stream(_index(pool.device))
                 providers = _with_stream(providers, stream)
             before = _Before(pool, model._label)
@@ -781,7 +786,7 @@ def _build_session(
         if not w.injected
     }
     model._private = max(0, pool.stats().active - before.active)
-    if not model._maps:
+    if pool.device != "cpu":
         model._libraries = before.libraries()
         model._copied = tuple(before.second_copies(prepared))
     model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]

@@ -387,18 +387,13 @@ def test_a_session_that_reads_the_store_itself_equals_plain_onnx_runtime(
     assert pool.stats().active == 0
 
 
-def test_too_little_room_for_weights_that_onnx_runtime_reads_says_what_would_do(unmapped):
-    from glake_infer.models.prepare import Prepared, PreparedWeight
-
-    weights = tuple(
-        PreparedWeight(str(i), "d", 10 << 20, 10 << 20, derived=False, injected=False) for i in range(4)
-    )
+def test_a_refusal_says_what_would_do_for_the_session_too():
     refusal = gi.OutOfMemoryError(
         requested=10 << 20, active=25 << 20, idle=0, reserved=25 << 20, limit=30 << 20, needed_limit=35 << 20,
         device_free=0, holders=[("", "weights", 20 << 20), ("", "activations", 5 << 20)],
     )  # fmt: skip
-    told = module._with_all_weights(refusal, Prepared(b"", weights, optimized=False))
-    assert told.needed_limit == (45 << 20) + module.SESSION_BYTES
+    told = module._with_session(refusal, module.SESSION_BYTES)
+    assert told.needed_limit == (35 << 20) + module.SESSION_BYTES
     assert str(told.needed_limit) in str(told)
 
 
