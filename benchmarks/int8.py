@@ -13,7 +13,7 @@ from benchmarks.pairs import compare
 from benchmarks.record import record
 from glake_infer.models.convert import convert
 from glake_infer.models.demo import Child, write_feeds
-from glake_infer.models.model import load
+from glake_infer.models.load import load
 from glake_infer.process_memory import measure
 from glake_infer.store import Store
 from tests import real_models

@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.pairs import compare
 from benchmarks.record import record
 from glake_infer.models.convert import convert
-from glake_infer.models.model import load
+from glake_infer.models.load import load
 from glake_infer.store import Store
 from tests import real_models
 

@@ -39,7 +39,7 @@ from glake_infer import cuda, process_memory
 from glake_infer.allocators import Pool, import_onnxruntime
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
-from glake_infer.models.model import load
+from glake_infer.models.load import load
 from glake_infer.models.package import Package
 from glake_infer.models.runtime import Runtime
 from glake_infer.residency import Holding, HostCopy, Residency
@@ -490,13 +490,13 @@ def sleep(at: Setup) -> dict[str, Any]:
 def twenty(at: Setup) -> dict[str, Any]:
     """Models of about 1 GiB each under a limit for eight of twenty, random requests from four threads."""
     sizes: dict[str, Any] = {"name": "bert-tiny"} if at.tiny else {"name": "bert-xl", "layers": 4}
-    specs = [zoo.spec(**sizes, seed=n) for n in range(at.times(20, 4))]
+    specs = [zoo.spec(**sizes, seed=n) for n in range(at.times(20, 3))]
     total = sum(zoo.build(spec).weights.total_bytes for spec in specs)
     packages, feeds = at.write(specs), at.feeds(specs[0], *[(2, 64)] * len(specs))
     with at.side("ours", limit=8 * GIB if at.scale >= 1 else total * 8 // 20) as ours:
         for package in packages:
             ours.ask("load", package)
-        found = ours.ask("requests", feeds, max(2.0, 60 * min(1.0, at.scale)), 4)
+        found = ours.ask("requests", feeds, max(1.0, 60 * min(1.0, at.scale)), 4)
     return {"models": len(specs), "weight_bytes": total, **found}
 
 

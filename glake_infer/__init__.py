@@ -45,7 +45,7 @@ _HOMES = {
     "export_archive": "models.archive",
     "import_archive": "models.archive",
     "inspect": "models.inspect",
-    "load": "models.model",
+    "load": "models.load",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -77,8 +77,9 @@ if TYPE_CHECKING:
     from glake_infer.models.device_array import DeviceArray
     from glake_infer.models.export import export
     from glake_infer.models.inspect import inspect
+    from glake_infer.models.load import load
     from glake_infer.models.manifest import Value
-    from glake_infer.models.model import Model, ModelMemory, load
+    from glake_infer.models.model import Model, ModelMemory
     from glake_infer.models.package import Package
     from glake_infer.models.runtime import Runtime
     from glake_infer.store import Store

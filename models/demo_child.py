@@ -65,7 +65,8 @@ class Pooled:
     def __init__(self, sharing: Any) -> None:
         import_onnxruntime()  # its libraries belong to the baseline on both sides
         from glake_infer.allocators.pool import Pool
-        from glake_infer.models.model import Model, load
+        from glake_infer.models.load import load
+        from glake_infer.models.model import Model
 
         self._load, self._sharing = load, sharing
         self._pool = Pool(device="cpu")

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 import glake_infer as gi
 from glake_infer.models import interchange
-from glake_infer.models import model as module
+from glake_infer.models import load as module
 from glake_infer.residency import Residency
 
 KINDS = {

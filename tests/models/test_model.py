@@ -17,7 +17,8 @@ import glake_infer as gi
 from glake_infer import maintenance
 from glake_infer.allocators import _native
 from glake_infer.models import zoo
-from glake_infer.models.model import captures_graphs, has_convolutions, session_errors
+from glake_infer.models.load import captures_graphs, has_convolutions
+from glake_infer.models.session import session_errors
 from glake_infer.process_memory import measure, release_unused_heap
 
 FAMILY = [("a", 2), ("b", 17), ("c", 100), ("d", 5)]
@@ -430,7 +431,7 @@ def test_gc_takes_what_was_derived_with_its_package_and_a_load_brings_it_back(tm
 
 
 def test_a_full_disk_while_preparing_falls_back_to_private_copies(workshop, pool, monkeypatch):
-    from glake_infer.models import model as module
+    from glake_infer.models import load as module
 
     def full(*_, **__):
         raise gi.StorageFullError("no space left on the disk")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import glake_infer as gi
-from glake_infer.models import model as module
+from glake_infer.models import load as module
 from glake_infer.models import zoo
 from glake_infer.process_memory import measure, release_unused_heap
 from glake_infer.residency import Residency
@@ -265,7 +265,7 @@ class TestRuntime:
         """Room for about two of the models, and for what ONNX Runtime prepacks for the CPU where it is not prepared."""
         folder, store = workshop
         weights = gi.Package(folder / "c.glake", store).manifest.weight_bytes
-        return int((2.6 if kind == "mapped" else 7.6) * weights) + 2 * MiB
+        return int((2.6 if kind == "mapped" else 5.8) * weights) + 2 * MiB
 
     def test_more_models_than_fit_answer_from_four_threads(self, workshop, kind):
         folder, store = workshop
