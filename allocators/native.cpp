@@ -231,6 +231,8 @@ NB_MODULE(_native, module) {
       .def("user", &user, "user"_a, nb::sig("def user(self, user: int) -> dict[str, Any]"))
       .def("begin_use", &Pool::begin_use, "user"_a, "Returns the chunks to load.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
+      .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
+      .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
       .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())
       .def(
           "loaded",

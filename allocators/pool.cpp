@@ -725,6 +725,16 @@ Address Pool::address_of(Weights::Id chunk) const {
   return resident_.address(chunk);
 }
 
+Address Pool::begin_writing(Weights::Id chunk) {
+  const Operation operation(*this);
+  return resident_.begin_writing(chunk);
+}
+
+void Pool::end_writing(Weights::Id chunk, Address address) {
+  const Operation operation(*this);
+  resident_.end_writing(chunk, address);
+}
+
 void Pool::map_weights(Weights::Id chunk, int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   resident_.map_file(chunk, descriptor, bytes);

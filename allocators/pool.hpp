@@ -224,6 +224,8 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] Weights::UserView user(Weights::Id user) const;
   [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user);
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
+  [[nodiscard]] Address begin_writing(Weights::Id chunk);
+  void end_writing(Weights::Id chunk, Address address);
   void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);
   void loaded(Weights::Id user, std::span<const Weights::Id> chunks);
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);

@@ -37,7 +37,7 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
   }
   Placement placement;
   placement.chunks.reserve(pieces.size());
-  Region region{AddressRange(memory_, round_up(total, memory_.granularity())), {}};
+  Region region{AddressRange(memory_, round_up(total, memory_.granularity())), {}, {}};
   Address address = placement.address = region.range.address();
   const Id number = placement.region = ++last_;
   std::vector<Chunk*> extended;
@@ -50,7 +50,6 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
         chunk.id = id;
         chunk.kind = kind;
         chunk.bytes = piece.bytes;
-        chunk.requested = piece.requested;
         chunk.holder = holder;
         chunk.last_use = Clock::now();
       } else if (chunk.state != State::absent) {
@@ -64,14 +63,18 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
       }
       chunk.places.push_back(address);
       extended.push_back(&chunk);
+      request(chunk, piece.requested);
+      region.requested.push_back(piece.requested);
       address += piece.bytes;
     }
     region.chunks = placement.chunks;
     regions_.emplace(number, std::move(region));
   } catch (...) {
-    for (Chunk* chunk : extended) {
-      if (chunk->state != State::absent) memory_.unmap(chunk->places.back(), chunk->bytes);
-      chunk->places.pop_back();
+    for (std::size_t i = 0; i < extended.size(); ++i) {
+      Chunk& chunk = *extended[i];
+      if (chunk.state != State::absent) memory_.unmap(chunk.places.back(), chunk.bytes);
+      chunk.places.pop_back();
+      if (i < region.requested.size()) unrequest(chunk, region.requested[i]);
     }
     std::erase_if(chunks_, [](const auto& each) { return each.second.places.empty(); });
     throw;
@@ -100,8 +103,8 @@ void Weights::remove_region(Id region) {
     }
     (void)settle(chunk, true);  // others may have it in their regions too: nothing reads it here any more
   }
-  for (const Id id : found.chunks) {
-    const auto place = chunks_.find(id);
+  for (std::size_t i = 0; i < found.chunks.size(); ++i) {
+    const auto place = chunks_.find(found.chunks[i]);
     if (place == chunks_.end()) continue;  // twice in one region
     Chunk& chunk = place->second;
     const auto here = std::find_if(chunk.places.begin(), chunk.places.end(), inside);
@@ -112,8 +115,48 @@ void Weights::remove_region(Id region) {
     }
     if (chunk.state != State::absent) memory_.unmap(*here, chunk.bytes);
     chunk.places.erase(here);
+    unrequest(chunk, found.requested[i]);
   }
   regions_.erase(region);
+}
+
+// A region's weights take more of a chunk.
+void Weights::request(Chunk& chunk, std::size_t more) {
+  if (chunk.state != State::absent && !chunk.users.empty()) {
+    budget_.activate(0, more, chunk.holder);
+    requested_ += more;
+  }
+  chunk.requested += more;
+}
+
+void Weights::unrequest(Chunk& chunk, std::size_t less) noexcept {
+  if (chunk.state != State::absent && !chunk.users.empty()) {
+    budget_.deactivate(0, less, chunk.holder);
+    requested_ -= less;
+  }
+  chunk.requested -= less;
+}
+
+Address Weights::begin_writing(Id id) {
+  const Chunk& chunk = find(chunks_, id);
+  if (!chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " is not there to be written to");
+  AddressRange range(memory_, chunk.bytes);
+  const Address address = range.address();
+  const auto [place, inserted] = writable_.emplace(address, std::move(range));
+  try {
+    memory_.map(address, chunk.physical->handle());
+  } catch (...) {
+    writable_.erase(place);
+    throw;
+  }
+  return address;
+}
+
+void Weights::end_writing(Id id, Address address) {
+  const Chunk& chunk = find(chunks_, id);
+  if (!writable_.contains(address)) throw InvalidPointer("nothing is written there");
+  memory_.unmap(address, chunk.bytes);
+  writable_.erase(address);
 }
 
 Weights::Id Weights::add_user(std::span<const Id> chunks, bool evictable, int priority) {

@@ -56,7 +56,7 @@ class Weights {
 
   struct Piece {
     std::size_t bytes = 0;      // kind memory: a multiple of the granule; kind file: of a page
-    std::size_t requested = 0;  // that weights take of it
+    std::size_t requested = 0;  // that weights take of it; of a shared one, more than others do
     Id shared = 0;              // a chunk of kind memory and of that size, to be mapped here too
   };
   struct Placement {
@@ -107,6 +107,9 @@ class Weights {
   void end(Id user);
   // Where a chunk that is loading lies: in its first region.
   [[nodiscard]] Address address(Id chunk) const;
+  // Maps a chunk that a busy user has at one more address, for writing what nobody has read yet, until end_writing().
+  [[nodiscard]] Address begin_writing(Id chunk);
+  void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
 
@@ -155,6 +158,7 @@ class Weights {
   struct Region {
     AddressRange range;
     std::vector<Id> chunks;
+    std::vector<std::size_t> requested;  // of each chunk, by this region
   };
 
   template <class Map>
@@ -163,6 +167,8 @@ class Weights {
   void make_absent(Chunk& chunk) noexcept;
   void clear(Chunk& chunk) noexcept;
   [[nodiscard]] bool settle(const Chunk& chunk, bool may_throw) const;
+  void request(Chunk& chunk, std::size_t more);
+  void unrequest(Chunk& chunk, std::size_t less) noexcept;
   void activate(Chunk& chunk);
   void deactivate(Chunk& chunk) noexcept;
   [[nodiscard]] bool someone_else_is_busy(const User& user) const noexcept;
@@ -176,6 +182,7 @@ class Weights {
   std::map<Id, Chunk> chunks_;
   std::map<Id, User> users_;
   std::map<Id, Region> regions_;
+  std::map<Address, AddressRange> writable_;
   std::size_t reserved_ = 0;
   std::size_t active_ = 0;
   std::size_t files_ = 0;

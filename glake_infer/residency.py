@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -75,12 +75,11 @@ class AlteredObjectError(StoreError):
         self.unreadable = error is not None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Region:
-    """A reservation of addresses, or a small block of the pool."""
+    """A reservation of addresses; `number` is the native pool's, 0 where there is nothing to reserve."""
 
     number: int
-    """Of the native pool; 0 for a block."""
     address: int
     chunks: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -132,6 +131,11 @@ class Residency:
         self._regions: dict[int, _Region] = {}
         self._owners: dict[int, list[_Region]] = {}  # chunk -> the regions that have it
         self._pinning = threading.Lock()
+        self._tails: dict[int, int] = {}  # last chunk of a region -> bytes of its granule that are used
+        self._unfilled: dict[
+            int, list[_Region]
+        ] = {}  # chunk -> regions whose weights in it may not be there yet
+        self._filling = threading.Lock()
         self._pinned: dict[int, tuple[int, int, set[int]]] = {}  # chunk -> copy, bytes, holdings that want it
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._rate = 0.0  # bytes per second of the last load
@@ -206,15 +210,17 @@ class Residency:
             if not self._copies:
                 self._place_files(missing, placed)
                 return
-            granule = self._native.granularity
-            total = sum(-(-item.mapped // layout.ALIGNMENT) * layout.ALIGNMENT for item in missing)
-            if 0 < total < granule // 2:
-                placed.append(self._place_block(missing, total))
-                return
+            granule, tail = self._native.granularity, 0
+
+            def tail_for(size: int) -> int:
+                nonlocal tail
+                tail = self._tail_for(size, granule)
+                return self._tails.get(tail, 0)
+
             by_digest = {item.digest: item for item in missing}
             items = [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in missing if i.mapped]
-            for region in layout.plan(items, granule, self._twin_of):
-                placed.append(self._place_region(region, by_digest))
+            for region in layout.plan(items, granule, self._twin_of, tail_for):
+                placed.append(self._place_region(region, by_digest, tail))
             if len(items) < len(missing):  # weights without bytes
                 placed.append(self._enter([i for i in missing if not i.mapped], _Region(0, 0, (), ())))
         except BaseException:
@@ -235,41 +241,25 @@ class Residency:
             region = _Region(number, address, tuple(chunks), (size,), parts={chunks[0]: [part]})
             placed.append(self._enter([item], region))
 
-    def _place_block(self, missing: list[Wanted], total: int) -> _Region:
-        """Weights that together take less than half a granule: a block of the pool, which stays while they are used."""
-        address = self._native.allocate(total, "weights")
-        region, position = _Region(0, address, (), ()), address
-        parts = []
-        for item in missing:
-            self._enter([item], region, position)
-            parts.append(Part(item.folder.path(item.digest), 0, item.mapped, position))
-            position += -(-item.mapped // layout.ALIGNMENT) * layout.ALIGNMENT
-        try:
-            self._device.load(parts)
-        except BaseException as error:
-            self._remove(region)
-            self._raise_altered(error, missing)
-            raise
-        return region
-
-    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted]) -> _Region:
+    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> _Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
-        pieces = [
-            (size, used, twin.chunks[shared] if twin and shared is not None else 0)
-            for size, used, shared in zip(planned.chunks, planned.used, planned.shared, strict=True)
-        ]
-        number, address, chunks = self._native.place_weights(pieces, False)
+        shared = [twin.chunks[i] if twin and i is not None else 0 for i in planned.shared]
+        used = [0 if chunk else size for chunk, size in zip(shared, planned.used, strict=True)]
+        if planned.in_tail:
+            shared[0] = tail
+        number, address, chunks = self._native.place_weights(
+            list(zip(planned.chunks, used, shared, strict=True)), False
+        )
         self._numbers.add(number)
         region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted)
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
-        starts = [sum(planned.chunks[:i]) for i in range(len(chunks))]
         spans = [
             (offset, by_digest[digest].mapped, by_digest[digest].folder.path(digest))
             for digest, offset in sorted(planned.offsets.items(), key=lambda each: each[1])
         ]
-        first = 0
-        for chunk, start, size in zip(chunks, starts, planned.chunks, strict=True):
+        first = start = 0
+        for chunk, size in zip(chunks, planned.chunks, strict=True):
             while first < len(spans) and spans[first][0] + spans[first][1] <= start:
                 first += 1
             parts = []
@@ -280,7 +270,25 @@ class Residency:
                 if begin < end:
                     parts.append(Part(path, begin - offset, end - begin, address + begin))
             region.parts[chunk] = parts
+            start += size
+        if planned.in_tail:
+            del self._tails[tail]  # used up, or entered again below
+            self._unfilled.setdefault(tail, []).append(region)
+        if not planned.parted:
+            granule = self._native.granularity
+            end = max(offset + length for offset, length, _ in spans)
+            if planned.chunks[-1] == granule and -end % granule:
+                self._tails[chunks[-1]] = granule - -end % granule
         return region
+
+    def _tail_for(self, size: int, granule: int) -> int:
+        """The chunk in whose rest weights of `size` bytes lie best; 0 if there is none."""
+        self._tails = {chunk: used for chunk, used in self._tails.items() if chunk in self._owners}
+        rest = {chunk: granule - used for chunk, used in self._tails.items()}
+        whole = [chunk for chunk in rest if rest[chunk] >= size + layout.ALIGNMENT]
+        if whole:
+            return min(whole, key=lambda chunk: rest[chunk])
+        return max(rest, key=lambda chunk: rest[chunk], default=0)
 
     def _enter(self, items: Sequence[Wanted], region: _Region, address: int | None = None) -> _Region:
         starts = [region.address + sum(region.sizes[:i]) for i in range(len(region.sizes))]
@@ -329,7 +337,7 @@ class Residency:
                 entry.users[holding.user] -= 1
                 if not entry.users[holding.user]:
                     del entry.users[holding.user]
-                if not entry.region.references and not (self._copies and entry.region.number):
+                if not entry.region.references and not self._copies:
                     self._remove(entry.region)
             self._sweep()
 
@@ -348,8 +356,8 @@ class Residency:
                 self._owners[chunk].remove(region)
                 if not self._owners[chunk]:
                     del self._owners[chunk]
-        elif region.address:
-            self._native.deallocate(region.address)
+                if region in self._unfilled.get(chunk, ()):
+                    self._unfilled[chunk].remove(region)
         for digest in region.entries:
             self._entries.pop(digest, None)
 
@@ -364,11 +372,17 @@ class Residency:
             with self._lock:
                 copies = []
                 parts: list[Part] = []
+                filled: list[tuple[int, _Region]] = []
                 for chunk in chunks:
                     if kept := self._pinned.get(chunk):
                         copies.append((native.address_of(chunk), kept[0], kept[1]))
-                    else:
-                        parts += self._owners[chunk][0].parts[chunk]
+                        continue
+                    owners = self._owners[chunk]
+                    for owner in (
+                        owners[:1] if owners[0].parted else owners
+                    ):  # versions have the same bytes there
+                        parts += owner.parts[chunk]
+                        filled.append((chunk, owner))
                 items = [self._entries[d].wanted for d in dict.fromkeys(part.path.name for part in parts)]
             for item in items:
                 self._verify(item)
@@ -383,6 +397,9 @@ class Residency:
                         native.map_weights(chunk, file.fileno(), part.size)
             for item in items:  # not while they were read, either
                 self._verify(item)
+            with self._lock:
+                for chunk, owner in filled:
+                    self._is_filled(chunk, owner)
             native.loaded(number, chunks)
         except BaseException as error:
             native.load_failed(number, chunks)
@@ -391,6 +408,44 @@ class Residency:
         done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
         if self._copies and done >= TELLING:
             self._rate = done / (time.perf_counter() - start)
+
+    def _is_filled(self, chunk: int, region: _Region) -> None:
+        if region in (regions := self._unfilled.get(chunk, [])):
+            regions.remove(region)
+            if not regions:
+                del self._unfilled[chunk]
+
+    def _fill_tails(self, holding: Holding) -> None:
+        """Write weights into chunks that were there before them, for a holding that is in use."""
+        with self._filling:
+            with self._lock:
+                chunks = [chunk for chunk in self._unfilled if chunk in holding.chunks]
+            for chunk in chunks:
+                with self._lock:
+                    regions = list(self._unfilled.get(chunk, ()))
+                    items = [self._entries[part.path.name].wanted for r in regions for part in r.parts[chunk]]
+                for item in items:
+                    self._verify(item)
+                address = self._native.begin_writing(chunk)
+                try:
+                    for region in regions:
+                        shift = address - (region.address + sum(region.sizes[: region.chunks.index(chunk)]))
+                        moved = [replace(part, address=part.address + shift) for part in region.parts[chunk]]
+                        self._device.load(moved)
+                except BaseException as error:
+                    self._raise_altered(error, items)
+                    raise
+                finally:
+                    self._native.end_writing(chunk, address)
+                with self._lock:
+                    for region in regions:
+                        self._is_filled(chunk, region)
+                    kept = self._pinned.get(chunk)
+                if kept:  # it is of before
+                    copy = self._device.keep(self._native.address_of(chunk), kept[1])
+                    with self._lock:
+                        self._pinned[chunk] = (copy, *kept[1:])
+                    self._device.forget(kept[0])
 
     def _verify(self, item: Wanted) -> None:
         """Check an object's bytes, unless they were checked and the file has not changed since."""
@@ -478,13 +533,16 @@ class Holding:
 
     def __enter__(self) -> Holding:
         """Begin a use: waits for room while other uses go on, and for what other threads load."""
+        table = self._table
         if chunks := self._native.begin_use(self._number):
-            self._table._bring(self, chunks)
-        if self.host_copy == "pinned" and not self._kept and self._table._copies:
+            table._bring(self, chunks)
+        keeps = self.host_copy == "pinned" and not self._kept and table._copies
+        if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
             try:
+                table._fill_tails(self)
                 with self._keeping:
-                    if not self._kept:
-                        self._table._keep_copies(self)
+                    if keeps and not self._kept:
+                        table._keep_copies(self)
                         self._kept = True
             except BaseException:
                 self._native.end_use(self._number)

@@ -384,16 +384,39 @@ def test_copied_weights_are_read_only(folder, pool, copies):
     assert done.returncode == -11
 
 
-def test_small_weights_of_a_model_take_no_granule_of_their_own(folder, pool, copies):
-    items = [wanted(folder, os.urandom(1030)) for _ in range(5)]
-    holding = copies.hold(items, 1)
-    check(holding, items)
-    assert 5 * 1030 <= pool.stats().requested <= 5 * 1280
-    assert all(address % layout.ALIGNMENT == 0 for address in holding.addresses.values())
-    assert holding.suspend() == 0  # they stay
-    check(holding, items)
-    holding.close()
+def test_small_models_go_on_in_what_others_left_of_a_granule(folder, pool, copies):
+    kinds = [[wanted(folder, os.urandom(1030 + n)) for _ in range(5)] for n in range(8)]
+    kinds.append([wanted(folder, os.urandom(90 * KiB))])
+    kinds.append([wanted(folder, os.urandom(1030))])
+    holdings = []
+    for number, items in enumerate(kinds):
+        holdings.append(copies.hold(items, number, host_copy="pinned" if number == 3 else "store"))
+        if number % 3:
+            check(holdings[-1], items)  # the others come later, into granules that are there, or with them
+    for holding, items in zip(holdings, kinds, strict=True):
+        check(holding, items)
+        assert all(address % layout.ALIGNMENT == 0 for address in holding.addresses.values())
+    sizes = sum(item.mapped for items in kinds for item in items)
+    assert pool.stats().requested == sizes
+    assert pool.stats().reserved <= sizes + 64 * KiB + 256 * 50
+    for holding in holdings:
+        holding.suspend()
+    assert pool.stats().reserved == 0
+    for holding, items in zip(holdings[::-1], kinds[::-1], strict=True):
+        check(holding, items)
+    for holding in holdings[::2]:
+        holding.close()
+    for holding, items in zip(holdings[1::2], kinds[1::2], strict=True):
+        check(holding, items)
+        holding.suspend()
+        check(holding, items)
+        holding.close()
     assert pool.stats().active == 0
+    pool.trim()
+    last = copies.hold(kinds[0], 99)  # the tails of what is gone are not used
+    check(last, kinds[0])
+    assert pool.stats().reserved == 64 * KiB
+    last.close()
 
 
 def test_versions_of_a_large_weight_share_their_equal_pieces(folder, pool, copies):
