@@ -37,9 +37,10 @@ import numpy as np
 from benchmarks.record import record
 from glake_infer import cuda, process_memory
 from glake_infer.allocators import Pool, import_onnxruntime
+from glake_infer.models import load as loading
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
-from glake_infer.models.load import load
+from glake_infer.models.load import WORKSPACE, Streams, load
 from glake_infer.models.package import Package
 from glake_infer.models.runtime import Runtime
 from glake_infer.residency import Holding, HostCopy, Residency
@@ -47,7 +48,16 @@ from glake_infer.store import Store
 
 GIB = 1 << 30
 SETTINGS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
-WORKSPACES = ("unset", ":4096:2:16:8", ":16:8", ":32768:1", ":16384:1")
+UNCHANGED = "unchanged"
+WAYS = {  # of a session: $CUBLAS_WORKSPACE_CONFIG, streams
+    "ours": ("", "one"),
+    "ours, streams per run": ("", "per run"),
+    "cuBLAS as it is": (UNCHANGED, "one"),
+    "cuBLAS as it is, streams per run": (UNCHANGED, "per run"),
+    ":16384:1": (":16384:1", "one"),
+    ":4096:2:16:8": (":4096:2:16:8", "one"),
+    ":16:8": (":16:8", "one"),
+}
 
 
 class Worker:
@@ -66,6 +76,9 @@ class Worker:
             runtime.cudaFree(0)
         self.base, self.highest, self.stop = self.free(), 0, threading.Event()
         self.buffers: tuple[int, int, int] | None = None
+        if os.environ.get(WORKSPACE) == UNCHANGED:  # what cuBLAS does by itself, which gi.load changes
+            del os.environ[WORKSPACE]
+            loading.lower_workspaces = lambda index: None
         self.side, self.models, self.runs = side, list[Any](), list[Callable[..., list[Any]]]()
         self.ort = import_onnxruntime()
         if side == "ours":
@@ -84,12 +97,13 @@ class Worker:
         """Those that are not the pool's."""
         return self.memory() - (self.pool.stats().reserved if self.side == "ours" else 0)
 
-    def load(self, path: str, host_copy: HostCopy = "store") -> float:
+    def load(self, path: str, host_copy: HostCopy = "store", streams: Streams = "one") -> float:
         """Make one more session; returns the seconds."""
         start = time.perf_counter()
         if self.side == "ours":
             loader = self.runtime.load if self.runtime else functools.partial(load, pool=self.pool)
-            model = loader(path, host_copy=host_copy, provider_options=SETTINGS if self.cuda else None)
+            settings = SETTINGS if self.cuda else None
+            model = loader(path, host_copy=host_copy, streams=streams, provider_options=settings)
             self.runs.append(lambda feeds: list(model.run(feeds).values()))
             self.models.append(model)
         else:
@@ -144,6 +158,20 @@ class Worker:
             work()
             other.result()
             return self.outside() - before  # the other thread is still there
+
+    def rate(self, number: int, feeds: dict[str, Any], threads: int, seconds: float) -> float:
+        """Runs a second of one session by several threads."""
+        end = time.monotonic() + seconds
+
+        def work(_: int) -> int:
+            count = 0
+            while time.monotonic() < end:
+                self.runs[number](feeds)
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(threads) as executor:
+            return sum(executor.map(work, range(threads))) / seconds
 
     def sample(self, interval: float) -> None:
         """Begin to look at the memory of the process, over and over."""
@@ -340,10 +368,10 @@ class Setup:
         environment = {
             **os.environ,
             "GLAKE_STORE": str(self.store.root),
-            "CUBLAS_WORKSPACE_CONFIG": workspace,
+            WORKSPACE: workspace,
         }
         if not workspace:
-            del environment["CUBLAS_WORKSPACE_CONFIG"]
+            del environment[WORKSPACE]
         made = Side([*command, "--limit", str(limit)], environment)
         try:
             made.ask("memory")  # it is there, and has its context, before another begins
@@ -510,7 +538,7 @@ def cycles(at: Setup) -> dict[str, Any]:
 
 
 def fixed(at: Setup) -> dict[str, Any]:
-    """What a session costs beside weights and activations, and how fast it is, by cuBLAS's workspace.
+    """What a session costs beside weights and activations, and how fast it is, by cuBLAS's workspace and streams.
 
     The bytes are those outside the pool; plain ONNX Runtime has none, so that its figures contain everything.
     """
@@ -521,13 +549,14 @@ def fixed(at: Setup) -> dict[str, Any]:
     feeds = at.feeds(specs[0], (1, 16), (8, 128), (32, 128))
     sides, costs = dict[str, Side](), dict[str, Any]()
     with contextlib.ExitStack() as stack:
-        for label in ("plain", *WORKSPACES[: 2 if at.tiny else None]):
+        for label in ("plain", *list(WAYS)[: 2 if at.tiny else None]):
             paths, kind = (files, "plain") if label == "plain" else (packages, "ours")
-            made = at.side(kind, workspace=label if label.startswith(":") else "")
+            workspace, streams = WAYS.get(label, ("", "one"))
+            made = at.side(kind, workspace=workspace)
             side = sides[label] = stack.enter_context(made)
             seen, loads = [side.ask("outside")], []
             for number, path in enumerate(paths):
-                side.ask("load", path)
+                side.ask("load", path, "store", streams)
                 loads.append(side.ask("outside") - seen[-1])
                 for feed in feeds:
                     side.ask("run", number, feed, False)
@@ -537,6 +566,7 @@ def fixed(at: Setup) -> dict[str, Any]:
                 "before": seen[0], "loads": loads, "loads_and_runs": each,
                 "further_session": statistics.median(each[1:]),
                 "further_thread": side.ask("further_thread", 0, feeds[1], 5),
+                "runs_per_second": {n: side.ask("rate", 0, feeds[0], n, at.times(2, 0.1)) for n in (1, 4)},
             }  # fmt: skip
         cases = [by_turns(sides, len(specs), feed, at.times(80, 4)) for feed in feeds]
     weights = zoo.build(specs[0]).weights.total_bytes

@@ -107,6 +107,18 @@ def free_memory(index: int) -> int:
         return int(result[1])
 
 
+def compute_capability(index: int) -> tuple[int, int]:
+    """Major and minor compute capability of GPU `index`. Raises DriverError."""
+    driver = _driver()
+    device, _ = _primary_context(index)
+    found = []
+    for part in ("MAJOR", "MINOR"):
+        attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}")
+        result = driver.cuDeviceGetAttribute(attribute, device)
+        found.append(int(_check("cuDeviceGetAttribute", result, f"asking what cuda:{index} is")))
+    return found[0], found[1]
+
+
 @contextlib.contextmanager
 def captures_left_alone() -> Iterator[None]:
     """Let this thread wait, and page-lock memory, inside the block without ending CUDA graph captures of others."""

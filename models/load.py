@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Optimization = Literal["all", "extended", "basic", "disable"]
+Streams = Literal["one", "per run"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
@@ -58,6 +59,7 @@ def load(
     provider_options: Mapping[str, Any] | None = None,
     store: Store | None = None,
     host_copy: HostCopy = "store",
+    streams: Streams = "one",
 ) -> Model:
     """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
@@ -82,8 +84,10 @@ def load(
         Options of the CUDA provider, beside those of `pool.providers`. For results that repeat, and compare
         with other sessions' bit for bit: `{"use_tf32": 0, "cudnn_conv_algo_search": "DEFAULT"}`. What decides
         where memory comes from (`device_id`, `gpu_mem_limit`, `gpu_external_alloc`...) is the pool's matter.
-        A session has one stream of its own, on which all its runs are, unless `user_compute_stream` names another:
-        ONNX Runtime's own way, a stream and two cuBLAS handles for each run that goes on at once, costs 75 MiB more.
+    streams
+        On CUDA. "one": all runs of the model are queued on one stream of its own (or on the one that
+        `user_compute_stream` in provider_options names), which saves a cuBLAS handle. "per run": each run that goes on
+        at the same time has a stream and a handle of its own, as in plain ONNX Runtime.
     host_copy
         On CUDA, what `Model.resume` brings weights back from: "store" reads the store's files again (page cache or
         disk), and costs nothing; "pinned" keeps a page-locked copy, which takes as much memory of the host, 0.6 s for a
@@ -109,8 +113,12 @@ def load(
 
     if host_copy not in ("store", "pinned"):
         raise InputError(f"host_copy={host_copy!r}: expected 'store' or 'pinned'.")
+    if streams not in ("one", "per run"):
+        raise InputError(f"streams={streams!r}: expected 'one' or 'per run'.")
     place = _pool_for(pool, device)
     providers = providers_of(place, provider_options)
+    if place.device != "cpu":
+        lower_workspaces(gpu_index(place.device))
 
     def options() -> ort.SessionOptions:
         made: ort.SessionOptions = runtime.SessionOptions()
@@ -137,7 +145,7 @@ def load(
                 if configure:
                     configure(made)
                 with place.label(owner._label):
-                    _build_session(owner, prepared, made, providers)
+                    _build_session(owner, prepared, made, providers, streams)
 
             try:
                 make_session(model)
@@ -254,7 +262,7 @@ def captures_graphs(providers: list[Any]) -> bool:
 
 
 def _build_session(
-    model: Model, prepared: Prepared, options: ort.SessionOptions, providers: list[Any]
+    model: Model, prepared: Prepared, options: ort.SessionOptions, providers: list[Any], streams: Streams
 ) -> None:
     runtime = import_onnxruntime()
     check_providers(runtime.get_available_providers(), providers)
@@ -279,7 +287,8 @@ def _build_session(
             lean = model.sharing == "lean" and model._maps
             options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
             model._captures = captures_graphs(providers)
-            if pool.device != "cpu" and not model._captures and not _names_a_stream(providers):
+            own_stream = streams == "one" and not model._captures and not _names_a_stream(providers)
+            if pool.device != "cpu" and own_stream:
                 stream = _take_stream(gpu_index(pool.device))
                 providers = _with_stream(providers, stream)
             before = _Before(pool, model._label)
@@ -363,6 +372,20 @@ def _take_stream(index: int) -> int:
 
 def _give_stream_back(index: int, stream: int) -> None:
     _streams.setdefault(index, []).append(stream)
+
+
+def lower_workspaces(index: int) -> None:
+    """Halve what each cuBLAS handle takes for its workspace on a Hopper GPU: $CUBLAS_WORKSPACE_CONFIG, where it is not set.
+
+    Each session has a handle, and each further thread that runs it at the same time. On an H200 the default takes 72 MiB,
+    one workspace of 32 MiB takes 40, and is as fast (docs/gpu.md); smaller ones are slower. Other GPUs have small ones.
+    cuBLAS reads the variable when a handle is made.
+    """
+    if WORKSPACE not in os.environ and cuda.compute_capability(index)[0] == 9:
+        os.environ[WORKSPACE] = ":32768:1"
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def _names_a_stream(providers: list[Any]) -> bool:

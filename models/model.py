@@ -169,8 +169,8 @@ class Model:
 
         The session stays alive and every address as it is; `resume`, or the next run, brings the same bytes back from
         the store's files or from a page-locked copy (`host_copy`). Runs in progress are waited for. What another model
-        that is awake uses stays. Weights that together take less than half a granule of the device (1 MiB on CUDA),
-        what the session holds for itself, and what CUDA's libraries hold stay too.
+        that is awake uses stays, and with it the granules (2 MiB on CUDA) in which both have weights. So does what the
+        session holds for itself, and what CUDA's libraries hold.
 
         Raises GlakeError after `close()`, DriverError (the GPU failed; the model stays awake).
         """
