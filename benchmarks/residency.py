@@ -50,13 +50,13 @@ GIB = 1 << 30
 SETTINGS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 UNCHANGED = "unchanged"
 WAYS = {  # of a session: $CUBLAS_WORKSPACE_CONFIG, streams
-    "ours": ("", "one"),
-    "ours, streams per run": ("", "per run"),
-    "cuBLAS as it is": (UNCHANGED, "one"),
-    "cuBLAS as it is, streams per run": (UNCHANGED, "per run"),
-    ":16384:1": (":16384:1", "one"),
-    ":4096:2:16:8": (":4096:2:16:8", "one"),
-    ":16:8": (":16:8", "one"),
+    "ours": ("", "per run"),
+    "ours, one stream": ("", "one"),
+    "cuBLAS as it is": (UNCHANGED, "per run"),
+    "cuBLAS as it is, one stream": (UNCHANGED, "one"),
+    ":16384:1": (":16384:1", "per run"),
+    ":4096:2:16:8": (":4096:2:16:8", "per run"),
+    ":16:8": (":16:8", "per run"),
 }
 
 
@@ -97,7 +97,7 @@ class Worker:
         """Those that are not the pool's."""
         return self.memory() - (self.pool.stats().reserved if self.side == "ours" else 0)
 
-    def load(self, path: str, host_copy: HostCopy = "store", streams: Streams = "one") -> float:
+    def load(self, path: str, host_copy: HostCopy = "store", streams: Streams = "per run") -> float:
         """Make one more session; returns the seconds."""
         start = time.perf_counter()
         if self.side == "ours":
@@ -551,7 +551,7 @@ def fixed(at: Setup) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for label in ("plain", *list(WAYS)[: 2 if at.tiny else None]):
             paths, kind = (files, "plain") if label == "plain" else (packages, "ours")
-            workspace, streams = WAYS.get(label, ("", "one"))
+            workspace, streams = WAYS.get(label, ("", "per run"))
             made = at.side(kind, workspace=workspace)
             side = sides[label] = stack.enter_context(made)
             seen, loads = [side.ask("outside")], []

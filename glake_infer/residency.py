@@ -15,12 +15,15 @@ changed since (inode, size, or times).
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
+import itertools
 import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 from glake_infer import layout
-from glake_infer.allocators.errors import StoreError
+from glake_infer.allocators.errors import DriverError, ForkedProcessError, StoreError
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range
 from glake_infer.store import ObjectFolder
@@ -84,6 +87,8 @@ class _Region:
     chunks: tuple[int, ...]
     sizes: tuple[int, ...]
     parted: layout.Item | None = None
+    starts: tuple[int, ...] = ()
+    """The address of each chunk."""
     parts: dict[int, list[Part]] = field(default_factory=dict)
     """What fills each chunk, at its address in this region."""
     entries: set[str] = field(default_factory=set)
@@ -126,7 +131,8 @@ class Residency:
         self._native: _native.Pool = pool._open()
         self._device: Device = device_for(pool.device)
         self._copies = copies
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of the tables below; see _locked
+        self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
         self._entries: dict[str, _Entry] = {}
         self._regions: dict[int, _Region] = {}
         self._owners: dict[int, list[_Region]] = {}  # chunk -> the regions that have it
@@ -168,7 +174,7 @@ class Residency:
         items = {item.digest: item for item in wanted}
         for item in items.values():
             self._verify(item)
-        with self._lock:
+        with self._locked():
             self._sweep()
             missing = [item for item in items.values() if item.digest not in self._entries]
             self._place(missing)
@@ -183,24 +189,45 @@ class Residency:
 
     def users(self) -> dict[str, tuple[int, frozenset[int]]]:
         """{digest: (bytes, the models that use it)} of everything that models hold, awake or asleep."""
-        with self._lock:
+        with self._locked():
             return {d: (e.wanted.mapped, frozenset(e.users)) for d, e in self._entries.items() if e.users}
 
     def asleep(self) -> int:
         """Bytes of memory that models hold addresses for, and that are not there now."""
-        with self._lock:
+        with self._locked():
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
 
     def users_of(self, digest: str) -> list[int]:
         """The models that hold a weight."""
-        with self._lock:
+        with self._locked():
             return list(self._entries[digest].users) if digest in self._entries else []
 
     @property
     def rate(self) -> float:
         """Bytes per second of the last load that was large enough to tell; 0 before."""
         return self._rate
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the tables, and afterwards do what came up meanwhile.
+
+        A session may be collected, and its finalizer close a holding, at any moment, in this very thread: such a one is
+        put off until the tables are whole again.
+        """
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._give_back_closed()
+
+    def _give_back_closed(self) -> None:
+        while self._closing and self._lock.acquire(blocking=False):
+            try:
+                while self._closing:
+                    self._release(self._closing.popleft())
+            finally:
+                self._lock.release()
 
     # Placing.
 
@@ -238,7 +265,7 @@ class Residency:
             number, address, chunks = self._native.place_weights([(size, item.mapped, 0)], True)
             self._numbers.add(number)
             part = Part(item.folder.path(item.digest), 0, item.mapped, address)
-            region = _Region(number, address, tuple(chunks), (size,), parts={chunks[0]: [part]})
+            region = _Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
             placed.append(self._enter([item], region))
 
     def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> _Region:
@@ -251,7 +278,8 @@ class Residency:
             list(zip(planned.chunks, used, shared, strict=True)), False
         )
         self._numbers.add(number)
-        region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted)
+        starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
+        region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
         spans = [
@@ -291,14 +319,10 @@ class Residency:
         return max(rest, key=lambda chunk: rest[chunk], default=0)
 
     def _enter(self, items: Sequence[Wanted], region: _Region, address: int | None = None) -> _Region:
-        starts = [region.address + sum(region.sizes[:i]) for i in range(len(region.sizes))]
         for item in items:
             place = region.address if address is None else address
-            chunks = tuple(
-                chunk
-                for chunk, start, size in zip(region.chunks, starts, region.sizes, strict=True)
-                if start < place + item.mapped and place < start + size
-            )
+            first = max(0, bisect.bisect_right(region.starts, place) - 1)
+            chunks = region.chunks[first : bisect.bisect_left(region.starts, place + item.mapped)]
             self._entries[item.digest] = _Entry(item, place, region, chunks)
             region.entries.add(item.digest)
         if region.number and region.number not in self._regions:
@@ -324,22 +348,26 @@ class Residency:
     # Letting go.
 
     def _release(self, holding: Holding) -> None:
-        with self._lock:
+        try:
             self._native.remove_user(holding._number)
-            for chunk in holding.chunks:
-                if kept := self._pinned.get(chunk):
-                    kept[2].discard(holding._number)
-                    if not kept[2]:
-                        self._device.forget(self._pinned.pop(chunk)[0])
-            for digest in holding.addresses:
-                entry = self._entries[digest]
-                entry.region.references -= 1
-                entry.users[holding.user] -= 1
-                if not entry.users[holding.user]:
-                    del entry.users[holding.user]
-                if not entry.region.references and not self._copies:
-                    self._remove(entry.region)
-            self._sweep()
+        except ForkedProcessError:  # the parent's
+            return
+        for chunk in holding.chunks:
+            if kept := self._pinned.get(chunk):
+                kept[2].discard(holding._number)
+                if not kept[2]:
+                    copy = self._pinned.pop(chunk)[0]
+                    with contextlib.suppress(DriverError):
+                        self._device.forget(copy)
+        for digest in holding.addresses:
+            entry = self._entries[digest]
+            entry.region.references -= 1
+            entry.users[holding.user] -= 1
+            if not entry.users[holding.user]:
+                del entry.users[holding.user]
+            if not entry.region.references and not self._copies:
+                self._remove(entry.region)
+        self._sweep()
 
     def _sweep(self) -> None:
         """Forget regions that nobody needs and that the pool has emptied."""
@@ -349,7 +377,8 @@ class Residency:
 
     def _remove(self, region: _Region) -> None:
         if region.number:
-            self._native.remove_region(region.number)
+            with contextlib.suppress(DriverError):  # of a GPU that is lost
+                self._native.remove_region(region.number)
             self._numbers.discard(region.number)
             self._regions.pop(region.number, None)
             for chunk in region.chunks:
@@ -369,7 +398,7 @@ class Residency:
         items: list[Wanted] = []
         start = time.perf_counter()
         try:
-            with self._lock:
+            with self._locked():
                 copies = []
                 parts: list[Part] = []
                 filled: list[tuple[int, _Region]] = []
@@ -397,7 +426,7 @@ class Residency:
                         native.map_weights(chunk, file.fileno(), part.size)
             for item in items:  # not while they were read, either
                 self._verify(item)
-            with self._lock:
+            with self._locked():
                 for chunk, owner in filled:
                     self._is_filled(chunk, owner)
             native.loaded(number, chunks)
@@ -418,10 +447,10 @@ class Residency:
     def _fill_tails(self, holding: Holding) -> None:
         """Write weights into chunks that were there before them, for a holding that is in use."""
         with self._filling:
-            with self._lock:
+            with self._locked():
                 chunks = [chunk for chunk in self._unfilled if chunk in holding.chunks]
             for chunk in chunks:
-                with self._lock:
+                with self._locked():
                     regions = list(self._unfilled.get(chunk, ()))
                     items = [self._entries[part.path.name].wanted for r in regions for part in r.parts[chunk]]
                 for item in items:
@@ -429,7 +458,7 @@ class Residency:
                 address = self._native.begin_writing(chunk)
                 try:
                     for region in regions:
-                        shift = address - (region.address + sum(region.sizes[: region.chunks.index(chunk)]))
+                        shift = address - region.starts[region.chunks.index(chunk)]
                         moved = [replace(part, address=part.address + shift) for part in region.parts[chunk]]
                         self._device.load(moved)
                 except BaseException as error:
@@ -437,13 +466,13 @@ class Residency:
                     raise
                 finally:
                     self._native.end_writing(chunk, address)
-                with self._lock:
+                with self._locked():
                     for region in regions:
                         self._is_filled(chunk, region)
                     kept = self._pinned.get(chunk)
                 if kept:  # it is of before
                     copy = self._device.keep(self._native.address_of(chunk), kept[1])
-                    with self._lock:
+                    with self._locked():
                         self._pinned[chunk] = (copy, *kept[1:])
                     self._device.forget(kept[0])
 
@@ -472,18 +501,18 @@ class Residency:
         """Make page-locked copies of what a holding that is in use has, where there are none."""
         with self._pinning:
             for chunk in holding.chunks:
-                with self._lock:
+                with self._locked():
                     if kept := self._pinned.get(chunk):
                         kept[2].add(holding._number)
                         continue
                     region = self._owners[chunk][0]
                 size = region.sizes[region.chunks.index(chunk)]
                 made = self._device.keep(self._native.address_of(chunk), size)
-                with self._lock:
+                with self._locked():
                     self._pinned[chunk] = (made, size, {holding._number})
 
     def _weigh(self, holding: Holding) -> Weighed:
-        with self._lock:
+        with self._locked():
             shared = own = 0
             others: dict[int, int] = {}
             for digest in holding.addresses:
@@ -528,6 +557,7 @@ class Holding:
         self.chunks = chunks
         self.host_copy = host_copy
         self.closed = False
+        self._unclosed = threading.Lock()  # taken once and for all by close()
         self._kept = False
         self._keeping = threading.Lock()
 
@@ -587,10 +617,10 @@ class Holding:
 
     def close(self) -> None:
         """Give the references back; nothing may read the addresses any more. Closing twice is fine."""
-        with self._table._lock:
-            if not self.closed:
-                self.closed = True
-                self._table._release(self)
+        if self._unclosed.acquire(blocking=False):
+            self.closed = True
+            self._table._closing.append(self)
+            self._table._give_back_closed()
 
 
 def _remove_regions(native: _native.Pool, numbers: set[int]) -> None:

@@ -22,7 +22,8 @@ PIECE = 8 << 20
 """Bytes of one read and one copy."""
 
 READERS = 8
-"""Threads at most; together they have 2 * READERS * PIECE bytes of pinned memory, which stay with the process."""
+"""Threads of all loads of a GPU together (each load has one at least). Their 2 * READERS * PIECE bytes of pinned memory
+stay with the process."""
 
 GAP = 4096
 """Weights that are at most so far apart are copied at once, with zeros between them."""
@@ -105,6 +106,7 @@ class CudaTransfers:
         self._index = index
         self._lock = threading.Lock()
         self._idle: list[_Reader] = []
+        self._busy = 0
 
     @classmethod
     def of(cls, index: int) -> CudaTransfers:
@@ -174,7 +176,11 @@ class CudaTransfers:
 
     @contextlib.contextmanager
     def _readers(self, count: int) -> Iterator[list[_Reader]]:
+        """At most `count` readers; one where others use READERS already, so that nobody waits."""
         taken: list[_Reader] = []
+        with self._lock:
+            count = max(1, min(count, READERS - self._busy))
+            self._busy += count
         try:
             while len(taken) < count:
                 with self._lock:
@@ -183,6 +189,7 @@ class CudaTransfers:
             yield taken
         finally:
             with self._lock:
+                self._busy -= count
                 room = READERS - len(self._idle)
                 self._idle += taken[:room]
                 spare = taken[room:]
@@ -202,10 +209,11 @@ class _Reader:
 
     def copy(self, piece: Sequence[Part]) -> None:
         """Read a piece into the next buffer, once that is free, and queue its copy."""
-        if not self._buffers:
+        if len(self._buffers) < 2:
             with cuda.captures_left_alone():
-                self._streams[1] = cuda.new_stream(self._index)
-                self._buffers = [cuda.allocate_pinned(self._index, PIECE) for _ in range(2)]
+                self._streams[1] = self._streams[1] or cuda.new_stream(self._index)
+                while len(self._buffers) < 2:
+                    self._buffers.append(cuda.allocate_pinned(self._index, PIECE))
         self._turn ^= 1
         buffer, stream = self._buffers[self._turn], self._streams[self._turn]
         cuda.synchronize(self._index, stream)  # the copy before last

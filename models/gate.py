@@ -35,8 +35,13 @@ class Gate:
         """Be inside alone."""
         with self._condition:
             self._alone += 1
-            self._condition.wait_for(lambda: not self._inside)
-            self._inside += 1
+            try:
+                self._condition.wait_for(lambda: not self._inside)
+                self._inside += 1
+            except BaseException:  # Ctrl-C
+                self._alone -= 1
+                self._condition.notify_all()
+                raise
         try:
             yield
         finally:

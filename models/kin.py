@@ -34,7 +34,9 @@ def hints(package: Package, digests: Iterable[str]) -> dict[str, Hint]:
     weights = {weight.digest: weight for weight in package.manifest.weights if weight.digest in mine}
     place = package.path.absolute()
     kin = []
-    with contextlib.suppress(StoreError):  # a damaged record: without hints less comes and goes by itself
+    with contextlib.suppress(
+        StoreError, OSError
+    ):  # a damaged record: without hints less comes and goes by itself
         kin = sorted(
             (record for record in package.store.records() if record.path != place and record.digests & mine),
             key=lambda record: (-len(record.digests & mine), str(record.path)),

@@ -449,17 +449,21 @@ def test_a_limit_below_one_model_says_what_would_do(family, device):
     del model
 
 
-def test_sessions_have_a_stream_of_their_own_and_others_may_be_named(family, pool):
+def test_all_runs_of_a_model_may_share_a_stream(family, pool):
     stream = cupy.cuda.Stream(non_blocking=True)
     folder, store = family
-    own = load(family, "a", pool)
+    own = load(family, "a", pool, streams="one")
+    plain = load(family, "a", pool)
     named = gi.load(
         folder / "a.glake", pool, store=store, provider_options={**EXACT, "user_compute_stream": stream.ptr}
     )
-    options = [m.session.get_provider_options()["CUDAExecutionProvider"] for m in (own, named)]
+    options = [m.session.get_provider_options()["CUDAExecutionProvider"] for m in (own, named, plain)]
     handles = [int(o["user_compute_stream"]) for o in options]
-    assert handles[1] == stream.ptr
+    assert handles[1:] == [stream.ptr, 0]
     assert handles[0] not in (0, stream.ptr)
-    same(own.run(feeds_of("a")), named.run(feeds_of("a")))
-    own.close()
-    named.close()
+    for model in (own, named):
+        same(model.run(feeds_of("a")), plain.run(feeds_of("a")))
+        model.close()
+    plain.close()
+    with pytest.raises(gi.InputError, match="'one' or 'per run'"):
+        load(family, "a", pool, streams="two")
