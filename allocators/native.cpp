@@ -88,6 +88,12 @@ nb::dict stats(Pool& pool) {
   return fields;
 }
 
+// Lets Ctrl-C end a wait.
+void check_signals() {
+  const nb::gil_scoped_acquire locked;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
 nb::dict user(const Pool& pool, Weights::Id id) {
   Weights::UserView view;
   {
@@ -211,13 +217,17 @@ NB_MODULE(_native, module) {
       .def("unmap_file", &Pool::unmap_file, "address"_a, Unlocked())
       .def(
           "place_weights",
-          [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id>>& pieces, bool files) {
+          [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id, bool>>& pieces,
+             bool files) {
             std::vector<Weights::Piece> parsed;
-            for (const auto& [bytes, requested, shared] : pieces) parsed.push_back({bytes, requested, shared});
+            for (const auto& [bytes, requested, shared, adds] : pieces) {
+              parsed.push_back({bytes, requested, shared, adds});
+            }
             const auto place = self.place_weights(parsed, files ? Weights::Kind::file : Weights::Kind::memory);
             return std::make_tuple(place.region, place.address, place.chunks);
           },
-          "pieces"_a, "files"_a, "(bytes, bytes of weights in it, a chunk to share or 0) each.", Unlocked())
+          "pieces"_a, "files"_a,
+          "(bytes, bytes of weights in it, a chunk to share or 0, whether beside others' weights) each.", Unlocked())
       .def("remove_region", &Pool::remove_region, "region"_a, Unlocked())
       .def("resident_in", &Pool::resident_in, "region"_a, Unlocked())
       .def(
@@ -229,7 +239,9 @@ NB_MODULE(_native, module) {
       .def("remove_user", &Pool::remove_user, "user"_a, Unlocked())
       .def("set_policy", &Pool::set_policy, "user"_a, "evictable"_a, "priority"_a, Unlocked())
       .def("user", &user, "user"_a, nb::sig("def user(self, user: int) -> dict[str, Any]"))
-      .def("begin_use", &Pool::begin_use, "user"_a, "Returns the chunks to load.", Unlocked())
+      .def(
+          "begin_use", [](Pool& self, Weights::Id user) { return self.begin_use(user, &check_signals); }, "user"_a,
+          "Returns the chunks to load.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
       .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
@@ -243,7 +255,9 @@ NB_MODULE(_native, module) {
           [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.load_failed(user, chunks); },
           "user"_a, "chunks"_a, Unlocked())
       .def("end_use", &Pool::end_use, "user"_a, Unlocked())
-      .def("suspend", &Pool::suspend, "user"_a, Unlocked())
+      .def(
+          "suspend", [](Pool& self, Weights::Id user) { return self.suspend(user, &check_signals); }, "user"_a,
+          Unlocked())
       .def_prop_ro("granularity", &Pool::granularity)
       .def("trim", &Pool::trim, "target"_a = 0, Unlocked())
       .def("set_limit", &Pool::set_limit, "limit"_a, Unlocked())

@@ -21,6 +21,8 @@ constexpr std::size_t page = 4096;
 constexpr StreamHandle per_thread_stream = 2;
 // Who waits for room longer than this is served before all others.
 constexpr std::chrono::seconds longest_wait{1};
+// How many uses of weights this thread has begun and not ended, of all pools.
+thread_local std::size_t uses_of_this_thread = 0;
 // Above this, arenas of streams that nothing lives in are dropped.
 constexpr std::size_t most_arenas = 64;
 
@@ -273,7 +275,8 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     }
     if (bytes > chunks_.limit()) return nullptr;
     const std::size_t needed = plus(in_use(), heap.needed(bytes));
-    if (resident_.evict(needed > chunks_.limit() ? needed - chunks_.limit() : bytes) == 0) return nullptr;
+    const std::size_t missing = needed > chunks_.limit() ? needed - chunks_.limit() : bytes;
+    if (resident_.evictable() < missing || resident_.evict(missing) == 0) return nullptr;
   }
 }
 
@@ -393,7 +396,8 @@ Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream,
 
 void Pool::deallocate_in_debug(Address address, std::string stack) {
   const auto finish = [&] {
-    usage_.requested = debug_->requested();
+    usage_.requested = debug_->requested() + resident_.requested();
+    for (const auto& [file, bytes] : files_) usage_.requested += bytes;
     ++deallocations_;
     if (recorder_) recorder_->freed(address);
   };
@@ -538,6 +542,7 @@ void Pool::deallocate_now(Address address, StreamHandle stream) {
   take_back(found, address, graph != nullptr);
   if (recorder_) recorder_->freed(address);
   ++deallocations_;
+  if (!waiters_.empty()) resident_changed_.notify_all();
   verify();
 }
 
@@ -598,7 +603,10 @@ std::size_t Pool::trim(std::size_t target) {
 
 void Pool::set_limit(std::size_t limit) {
   const Operation operation(*this);
-  if (debug_ && !debug_->set_limit(limit)) throw LimitTooLow(limit, debug_->active());
+  if (debug_) {
+    if (debug_->active() > limit) resident_.evict(debug_->active() - limit);
+    if (!debug_->set_limit(limit)) throw LimitTooLow(limit, debug_->active());
+  }
   collect_graphs();
   if (chunks_.reserved() > limit) {
     flush_all();
@@ -618,6 +626,14 @@ bool Pool::reserve(std::size_t bytes) {
   collect_graphs();
   flush_all();
   return chunks_.pin(bytes);
+}
+
+bool Pool::has_room(std::size_t bytes) {
+  if (debug_) return plus(debug_->active(), bytes) <= chunks_.limit();
+  if (plus(in_use(), bytes) <= chunks_.limit()) return true;
+  collect_graphs();
+  flush_all();
+  return plus(in_use(), bytes) <= chunks_.limit();
 }
 
 void Pool::give_back_idle() {
@@ -683,7 +699,19 @@ Weights::UserView Pool::user(Weights::Id user) const {
   return resident_.view(user);
 }
 
-std::vector<Weights::Id> Pool::begin_use(Weights::Id user) {
+void Pool::wait_for_change(std::unique_lock<std::mutex>& lock, const std::function<void()>& poll) {
+  if (resident_changed_.wait_for(lock, std::chrono::milliseconds(100)) == std::cv_status::no_timeout || !poll) return;
+  lock.unlock();
+  try {
+    poll();
+  } catch (...) {
+    lock.lock();
+    throw;
+  }
+  lock.lock();
+}
+
+std::vector<Weights::Id> Pool::begin_use(Weights::Id user, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);
   auto mine = waiters_.end();
@@ -693,12 +721,14 @@ std::vector<Weights::Id> Pool::begin_use(Weights::Id user) {
   };
   for (;;) {
     // Who has waited long goes first: without that a large model could wait for ever while small ones take turns.
-    const bool behind =
-        !waiters_.empty() && waiters_.begin() != mine && Weights::Clock::now() - waiters_.front().since > longest_wait;
+    // But not before what it waits for itself: a use within another, or one that takes nothing which it could have.
+    const bool behind = !waiters_.empty() && waiters_.begin() != mine && uses_of_this_thread == 0 &&
+                        Weights::Clock::now() - waiters_.front().since > longest_wait && resident_.matters(user);
     const bool held = std::find(suspending_.begin(), suspending_.end(), user) != suspending_.end();
     if (!behind && !held) {
       try {
         if (auto chunks = resident_.begin(user)) {
+          ++uses_of_this_thread;
           if (mine != waiters_.end()) leave();
           verify();
           return std::move(*chunks);
@@ -716,7 +746,12 @@ std::vector<Weights::Id> Pool::begin_use(Weights::Id user) {
       }
       if (mine == waiters_.end()) mine = waiters_.insert(waiters_.end(), {user, Weights::Clock::now()});
     }
-    resident_changed_.wait(lock);
+    try {
+      wait_for_change(lock, poll);
+    } catch (...) {
+      leave();
+      throw;
+    }
   }
 }
 
@@ -750,6 +785,7 @@ void Pool::loaded(Weights::Id user, std::span<const Weights::Id> chunks) {
 void Pool::load_failed(Weights::Id user, std::span<const Weights::Id> chunks) {
   const Operation operation(*this);
   resident_.failed(user, chunks);
+  uses_of_this_thread -= uses_of_this_thread != 0 ? 1 : 0;
   resident_changed_.notify_all();
   verify();
 }
@@ -757,11 +793,12 @@ void Pool::load_failed(Weights::Id user, std::span<const Weights::Id> chunks) {
 void Pool::end_use(Weights::Id user) {
   const Operation operation(*this);
   resident_.end(user);
+  uses_of_this_thread -= uses_of_this_thread != 0 ? 1 : 0;
   if (!waiters_.empty() || !suspending_.empty()) resident_changed_.notify_all();
   verify();
 }
 
-std::size_t Pool::suspend(Weights::Id user) {
+std::size_t Pool::suspend(Weights::Id user, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);
   suspending_.push_back(user);
@@ -770,7 +807,7 @@ std::size_t Pool::suspend(Weights::Id user) {
     resident_changed_.notify_all();
   };
   try {
-    resident_changed_.wait(lock, [&] { return !resident_.busy(user); });
+    while (resident_.busy(user)) wait_for_change(lock, poll);
     const std::size_t bytes = resident_.suspend(user);
     leave();
     verify();

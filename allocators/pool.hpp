@@ -57,6 +57,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -222,7 +223,8 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void remove_user(Weights::Id user);
   void set_policy(Weights::Id user, bool evictable, int priority);
   [[nodiscard]] Weights::UserView user(Weights::Id user) const;
-  [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user);
+  // `poll` is called now and then while it waits, without the lock; if it throws, the wait ends so.
+  [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
   void end_writing(Weights::Id chunk, Address address);
@@ -231,7 +233,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);
   void end_use(Weights::Id user);
   // Waits until the user is not busy; uses that begin meanwhile wait until it is suspended, and then load it again.
-  std::size_t suspend(Weights::Id user);
+  std::size_t suspend(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] std::size_t granularity() const noexcept { return chunks_.granule(); }
 
   // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle, and then weights
@@ -280,6 +282,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   // WeightBudget
   [[nodiscard]] bool reserve(std::size_t bytes) override;
   void unreserve(std::size_t bytes) noexcept override { unpin(bytes); }
+  [[nodiscard]] bool has_room(std::size_t bytes) override;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
   void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;
@@ -350,6 +353,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::vector<std::size_t> held_;                   // bytes as asked for, by holder: label * tag_count + tag
   Weights resident_;
   std::condition_variable resident_changed_;  // a use ended, or chunks were loaded, or came or went
+  void wait_for_change(std::unique_lock<std::mutex>& lock, const std::function<void()>& poll);
   struct Waiter {
     Weights::Id user;
     Weights::Clock::time_point since;

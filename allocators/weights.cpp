@@ -37,22 +37,27 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
   }
   Placement placement;
   placement.chunks.reserve(pieces.size());
-  Region region{AddressRange(memory_, round_up(total, memory_.granularity())), {}, {}};
-  Address address = placement.address = region.range.address();
   const Id number = placement.region = ++last_;
-  std::vector<Chunk*> extended;
+  Region& region =
+      regions_.emplace(number, Region{AddressRange(memory_, round_up(total, memory_.granularity())), {}, {}})
+          .first->second;
+  Address address = placement.address = region.range.address();
   try {
     for (const Piece& piece : pieces) {
       const Id id = piece.shared != 0 ? piece.shared : ++last_;
-      placement.chunks.push_back(id);
+      region.chunks.push_back(id);
+      region.pieces.push_back(piece);
       Chunk& chunk = chunks_[id];
-      if (chunk.places.empty()) {
+      if (piece.shared == 0) {
         chunk.id = id;
         chunk.kind = kind;
         chunk.bytes = piece.bytes;
+        chunk.requested = piece.requested;
         chunk.holder = holder;
         chunk.last_use = Clock::now();
-      } else if (chunk.state != State::absent) {
+      }
+      chunk.places.reserve(chunk.places.size() + 1);
+      if (chunk.state != State::absent) {
         memory_.map(address, chunk.physical->handle());
         try {
           if (chunk.state == State::resident) memory_.protect(address, chunk.bytes, Access::read_only);
@@ -62,24 +67,35 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
         }
       }
       chunk.places.push_back(address);
-      extended.push_back(&chunk);
-      request(chunk, piece.requested);
-      region.requested.push_back(piece.requested);
+      placement.chunks.push_back(id);
+      if (piece.shared != 0) request(chunk, requested_of(chunk));
       address += piece.bytes;
     }
-    region.chunks = placement.chunks;
-    regions_.emplace(number, std::move(region));
   } catch (...) {
-    for (std::size_t i = 0; i < extended.size(); ++i) {
-      Chunk& chunk = *extended[i];
-      if (chunk.state != State::absent) memory_.unmap(chunk.places.back(), chunk.bytes);
-      chunk.places.pop_back();
-      if (i < region.requested.size()) unrequest(chunk, region.requested[i]);
-    }
+    take_out(region, placement.chunks.size());
+    regions_.erase(number);
     std::erase_if(chunks_, [](const auto& each) { return each.second.places.empty(); });
     throw;
   }
   return placement;
+}
+
+// Unmaps the first chunks of a region from it. What lies nowhere else is absent and gone.
+void Weights::take_out(Region& region, std::size_t count) {
+  Address address = region.range.address();
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto found = chunks_.find(region.chunks[i]);
+    Chunk& chunk = found->second;
+    if (chunk.places.size() == 1) {
+      make_absent(chunk);
+      chunks_.erase(found);
+    } else {
+      if (chunk.state != State::absent) memory_.unmap(address, chunk.bytes);
+      std::erase(chunk.places, address);
+      request(chunk, requested_of(chunk));
+    }
+    address += region.pieces[i].bytes;
+  }
 }
 
 std::size_t Weights::resident_in(Id region) const {
@@ -93,9 +109,6 @@ std::size_t Weights::resident_in(Id region) const {
 
 void Weights::remove_region(Id region) {
   Region& found = find(regions_, region);
-  const Address start = found.range.address();
-  const Address end = start + found.range.bytes();
-  const auto inside = [&](Address address) { return start <= address && address < end; };
   for (const Id id : found.chunks) {
     const Chunk& chunk = find(chunks_, id);
     if (chunk.places.size() == 1 && !chunk.users.empty()) {
@@ -103,38 +116,42 @@ void Weights::remove_region(Id region) {
     }
     (void)settle(chunk, true);  // others may have it in their regions too: nothing reads it here any more
   }
-  for (std::size_t i = 0; i < found.chunks.size(); ++i) {
-    const auto place = chunks_.find(found.chunks[i]);
-    if (place == chunks_.end()) continue;  // twice in one region
-    Chunk& chunk = place->second;
-    const auto here = std::find_if(chunk.places.begin(), chunk.places.end(), inside);
-    if (chunk.places.size() == 1) {
-      make_absent(chunk);
-      chunks_.erase(place);
-      continue;
-    }
-    if (chunk.state != State::absent) memory_.unmap(*here, chunk.bytes);
-    chunk.places.erase(here);
-    unrequest(chunk, found.requested[i]);
-  }
+  take_out(found, found.chunks.size());
   regions_.erase(region);
 }
 
-// A region's weights take more of a chunk.
-void Weights::request(Chunk& chunk, std::size_t more) {
-  if (chunk.state != State::absent && !chunk.users.empty()) {
-    budget_.activate(0, more, chunk.holder);
-    requested_ += more;
+// What weights take of a chunk: of all regions that have others there, and once of those that have the same.
+std::size_t Weights::requested_of(const Chunk& chunk) const noexcept {
+  std::size_t same = 0;
+  std::size_t added = 0;
+  for (const Address place : chunk.places) {
+    for (const auto& [id, region] : regions_) {
+      const Address start = region.range.address();
+      if (place < start || place >= start + region.range.bytes()) continue;
+      Address address = start;
+      for (const Piece& piece : region.pieces) {
+        if (address == place) {
+          if (piece.adds) {
+            added += piece.requested;
+          } else {
+            same = std::max(same, piece.requested);
+          }
+        }
+        address += piece.bytes;
+      }
+    }
   }
-  chunk.requested += more;
+  return same + added;
 }
 
-void Weights::unrequest(Chunk& chunk, std::size_t less) noexcept {
+void Weights::request(Chunk& chunk, std::size_t bytes) {
   if (chunk.state != State::absent && !chunk.users.empty()) {
-    budget_.deactivate(0, less, chunk.holder);
-    requested_ -= less;
+    budget_.activate(0, bytes, chunk.holder);
+    budget_.deactivate(0, chunk.requested, chunk.holder);
+    requested_ += bytes;
+    requested_ -= chunk.requested;
   }
-  chunk.requested -= less;
+  chunk.requested = bytes;
 }
 
 Address Weights::begin_writing(Id id) {
@@ -221,6 +238,11 @@ Address Weights::address(Id chunk) const { return find(chunks_, chunk).places.fr
 
 bool Weights::busy(Id user) const { return find(users_, user).busy != 0; }
 
+bool Weights::matters(Id id) const {
+  const User& user = find(users_, id);
+  return user.missing != 0 || (user.busy == 0 && user.evictable);
+}
+
 bool Weights::someone_else_is_busy(const User& user) const noexcept {
   return std::any_of(users_.begin(), users_.end(),
                      [&](const auto& each) { return &each.second != &user && each.second.busy != 0; });
@@ -239,6 +261,11 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
       bytes = plus(bytes, chunk->bytes);
     }
     ++user.busy;  // so that nothing of it is evicted
+    if (const std::size_t may_leave = evictable(); bytes > may_leave && !budget_.has_room(bytes - may_leave)) {
+      --user.busy;
+      if (someone_else_is_busy(user)) return std::nullopt;
+      throw NoRoom{bytes};
+    }
     std::size_t present = 0;
     const auto undo = [&] {
       for (std::size_t i = 0; i < present; ++i) make_absent(*absent[i]);
@@ -433,11 +460,19 @@ std::size_t Weights::drop(std::size_t bytes, const Eligible& eligible) noexcept 
   return done;
 }
 
-std::size_t Weights::evict(std::size_t bytes) noexcept {
-  return drop(bytes, [](const Chunk& chunk) {
-    return std::all_of(chunk.users.begin(), chunk.users.end(),
-                       [](const User* user) { return user->busy == 0 && (!user->awake || user->evictable); });
-  });
+bool Weights::may_go(const Chunk& chunk) noexcept {
+  return std::all_of(chunk.users.begin(), chunk.users.end(),
+                     [](const User* user) { return user->busy == 0 && (!user->awake || user->evictable); });
+}
+
+std::size_t Weights::evict(std::size_t bytes) noexcept { return drop(bytes, &may_go); }
+
+std::size_t Weights::evictable() const noexcept {
+  std::size_t bytes = 0;
+  for (const auto& [id, chunk] : chunks_) {
+    if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;
+  }
+  return bytes;
 }
 
 std::size_t Weights::drop_unused(std::size_t bytes) noexcept {

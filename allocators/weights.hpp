@@ -38,6 +38,8 @@ class WeightBudget {
   // Counts bytes as reserved, having given idle memory back if need be; false if there is no room.
   [[nodiscard]] virtual bool reserve(std::size_t bytes) = 0;
   virtual void unreserve(std::size_t bytes) noexcept = 0;
+  // Whether reserve() could count that many bytes, with all idle memory given back.
+  [[nodiscard]] virtual bool has_room(std::size_t bytes) = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
   // Counts bytes as active (and those asked for, by holder), or no longer.
@@ -56,8 +58,9 @@ class Weights {
 
   struct Piece {
     std::size_t bytes = 0;      // kind memory: a multiple of the granule; kind file: of a page
-    std::size_t requested = 0;  // that weights take of it; of a shared one, more than others do
+    std::size_t requested = 0;  // that weights take of it
     Id shared = 0;              // a chunk of kind memory and of that size, to be mapped here too
+    bool adds = false;          // of a shared one: these weights lie beside those of others, and are not the same
   };
   struct Placement {
     Id region = 0;
@@ -96,7 +99,7 @@ class Weights {
   // Begins a use. Nothing: the caller waits until something has changed, and asks again: another user is loading what
   // this one needs, or there is room only once another has ended. Else the user is busy, and the chunks that are named
   // are loading: the caller fills them and says loaded() or failed(). Throws NoRoom if there is no room and none to
-  // wait for, DeviceFullError, DriverError.
+  // wait for (nothing was evicted then), DeviceFullError, DriverError.
   struct NoRoom {
     std::size_t bytes = 0;
   };
@@ -117,10 +120,14 @@ class Weights {
   std::size_t suspend(Id user);
   // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes.
   std::size_t evict(std::size_t bytes) noexcept;
+  // The bytes that evict() could make absent.
+  [[nodiscard]] std::size_t evictable() const noexcept;
   // Makes what has no user absent, until `bytes` are gone; returns the bytes.
   std::size_t drop_unused(std::size_t bytes) noexcept;
 
   [[nodiscard]] bool busy(Id user) const;
+  // Whether a use of it takes, or keeps, memory that another could have.
+  [[nodiscard]] bool matters(Id user) const;
   [[nodiscard]] std::size_t reserved() const noexcept { return reserved_; }
   [[nodiscard]] std::size_t active() const noexcept { return active_; }
   [[nodiscard]] std::size_t files() const noexcept { return files_; }  // of active
@@ -158,17 +165,19 @@ class Weights {
   struct Region {
     AddressRange range;
     std::vector<Id> chunks;
-    std::vector<std::size_t> requested;  // of each chunk, by this region
+    std::vector<Piece> pieces;  // as they were asked for
   };
 
   template <class Map>
   [[nodiscard]] static auto& find(Map& map, Id id);  // throws InvalidPointer
+  void take_out(Region& region, std::size_t count);
   void make_present(Chunk& chunk);
   void make_absent(Chunk& chunk) noexcept;
   void clear(Chunk& chunk) noexcept;
   [[nodiscard]] bool settle(const Chunk& chunk, bool may_throw) const;
-  void request(Chunk& chunk, std::size_t more);
-  void unrequest(Chunk& chunk, std::size_t less) noexcept;
+  [[nodiscard]] std::size_t requested_of(const Chunk& chunk) const noexcept;
+  void request(Chunk& chunk, std::size_t bytes);
+  [[nodiscard]] static bool may_go(const Chunk& chunk) noexcept;
   void activate(Chunk& chunk);
   void deactivate(Chunk& chunk) noexcept;
   [[nodiscard]] bool someone_else_is_busy(const User& user) const noexcept;

@@ -29,10 +29,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from glake_infer import layout
-from glake_infer.allocators.errors import DriverError, ForkedProcessError, StoreError
+from glake_infer.allocators.errors import DriverError, ForkedProcessError, GlakeError, StoreError
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range
 from glake_infer.store import ObjectFolder
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 HostCopy = Literal["store", "pinned"]
 PAGE = 4096
+
+MOST_VERIFIED = 1 << 16
+"""Files of which it is remembered that their bytes were checked."""
 
 TELLING = 8 << 20
 """Bytes from which a load tells how fast the next one will be."""
@@ -76,6 +79,15 @@ class AlteredObjectError(StoreError):
         )
         self.digest = digest
         self.unreadable = error is not None
+
+
+@dataclass(eq=False)
+class _Copy:
+    """Of a chunk, in page-locked memory. `wanted`: the holdings that want it kept, and loads that read it."""
+
+    address: int
+    size: int
+    wanted: set[Hashable]
 
 
 @dataclass(eq=False)
@@ -124,6 +136,9 @@ class Residency:
     """The table of one pool. Thread-safe; of several threads that bring weights in, one places and checks at a time."""
 
     _tables: ClassVar[WeakKeyDictionary[Pool, Residency]] = WeakKeyDictionary()
+    _by_device: ClassVar[WeakValueDictionary[str, Residency]] = (
+        WeakValueDictionary()
+    )  # of earlier handles too
     _tables_lock = threading.Lock()
 
     def __init__(self, pool: Pool, copies: bool) -> None:
@@ -131,6 +146,7 @@ class Residency:
         self._native: _native.Pool = pool._open()
         self._device: Device = device_for(pool.device)
         self._copies = copies
+        self._process = os.getpid()
         self._lock = threading.Lock()  # of the tables below; see _locked
         self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
         self._entries: dict[str, _Entry] = {}
@@ -142,7 +158,8 @@ class Residency:
             int, list[_Region]
         ] = {}  # chunk -> regions whose weights in it may not be there yet
         self._filling = threading.Lock()
-        self._pinned: dict[int, tuple[int, int, set[int]]] = {}  # chunk -> copy, bytes, holdings that want it
+        self._pinned: dict[int, _Copy] = {}  # by chunk
+        self._renewals = 0  # how many of them were dropped because they had become old
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._rate = 0.0  # bytes per second of the last load
         numbers = self._numbers = set[int]()
@@ -154,7 +171,11 @@ class Residency:
         with cls._tables_lock:
             table = cls._tables.get(pool)
             if table is None:
-                table = cls._tables[pool] = cls(pool, pool.device != "cpu" if copies is None else copies)
+                wanted = pool.device != "cpu" if copies is None else copies
+                table = cls._by_device.get(pool.device)
+                if table is None or table._copies != wanted:
+                    table = cls._by_device[pool.device] = cls(pool, wanted)
+                cls._tables[pool] = table
             return table
 
     def hold(
@@ -177,6 +198,13 @@ class Residency:
         with self._locked():
             self._sweep()
             missing = [item for item in items.values() if item.digest not in self._entries]
+            for item in items.values():
+                there = self._entries.get(item.digest)
+                if there and there.wanted.mapped < item.mapped:
+                    raise StoreError(
+                        f"of the object {item.digest} {there.wanted.mapped} bytes are in use and {item.mapped} are wanted. "
+                        "Close the models that use it first."
+                    )
             self._place(missing)
             entries = [self._entries[digest] for digest in items]
             chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
@@ -185,7 +213,9 @@ class Residency:
                 entry.users[user] = entry.users.get(user, 0) + 1
                 entry.region.references += 1
             addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
-            return Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
+            holding = Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
+            holding.regions = frozenset(entry.region for entry in entries)
+            return holding
 
     def users(self) -> dict[str, tuple[int, frozenset[int]]]:
         """{digest: (bytes, the models that use it)} of everything that models hold, awake or asleep."""
@@ -215,11 +245,17 @@ class Residency:
         A session may be collected, and its finalizer close a holding, at any moment, in this very thread: such a one is
         put off until the tables are whole again.
         """
+        self._refuse_child()
         try:
             with self._lock:
                 yield
         finally:
             self._give_back_closed()
+
+    def _refuse_child(self) -> None:
+        """A thread of the parent's may hold the lock for ever."""
+        if os.getpid() != self._process:
+            raise ForkedProcessError
 
     def _give_back_closed(self) -> None:
         while self._closing and self._lock.acquire(blocking=False):
@@ -262,7 +298,7 @@ class Residency:
                 placed.append(self._enter([item], _Region(0, 0, (), ())))
                 continue
             size = -(-item.mapped // PAGE) * PAGE
-            number, address, chunks = self._native.place_weights([(size, item.mapped, 0)], True)
+            number, address, chunks = self._native.place_weights([(size, item.mapped, 0, False)], True)
             self._numbers.add(number)
             part = Part(item.folder.path(item.digest), 0, item.mapped, address)
             region = _Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
@@ -271,12 +307,11 @@ class Residency:
     def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> _Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
         shared = [twin.chunks[i] if twin and i is not None else 0 for i in planned.shared]
-        used = [0 if chunk else size for chunk, size in zip(shared, planned.used, strict=True)]
         if planned.in_tail:
             shared[0] = tail
-        number, address, chunks = self._native.place_weights(
-            list(zip(planned.chunks, used, shared, strict=True)), False
-        )
+        beside = [planned.in_tail] + [False] * (len(shared) - 1)
+        pieces = list(zip(planned.chunks, planned.used, shared, beside, strict=True))
+        number, address, chunks = self._native.place_weights(pieces, False)
         self._numbers.add(number)
         starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
         region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
@@ -348,24 +383,18 @@ class Residency:
     # Letting go.
 
     def _release(self, holding: Holding) -> None:
-        try:
+        with contextlib.suppress(DriverError):
             self._native.remove_user(holding._number)
-        except ForkedProcessError:  # the parent's
-            return
         for chunk in holding.chunks:
             if kept := self._pinned.get(chunk):
-                kept[2].discard(holding._number)
-                if not kept[2]:
-                    copy = self._pinned.pop(chunk)[0]
-                    with contextlib.suppress(DriverError):
-                        self._device.forget(copy)
+                self._let_go(chunk, kept, holding)
         for digest in holding.addresses:
             entry = self._entries[digest]
             entry.region.references -= 1
             entry.users[holding.user] -= 1
             if not entry.users[holding.user]:
                 del entry.users[holding.user]
-            if not entry.region.references and not self._copies:
+            if not entry.region.references and not (self._copies and entry.region.number):
                 self._remove(entry.region)
         self._sweep()
 
@@ -385,8 +414,7 @@ class Residency:
                 self._owners[chunk].remove(region)
                 if not self._owners[chunk]:
                     del self._owners[chunk]
-                if region in self._unfilled.get(chunk, ()):
-                    self._unfilled[chunk].remove(region)
+                self._is_filled(chunk, region)
         for digest in region.entries:
             self._entries.pop(digest, None)
 
@@ -396,6 +424,8 @@ class Residency:
         """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
         native, number = self._native, holding._number
         items: list[Wanted] = []
+        borrowed: list[tuple[int, _Copy]] = []
+        reader = object()
         start = time.perf_counter()
         try:
             with self._locked():
@@ -404,12 +434,17 @@ class Residency:
                 filled: list[tuple[int, _Region]] = []
                 for chunk in chunks:
                     if kept := self._pinned.get(chunk):
-                        copies.append((native.address_of(chunk), kept[0], kept[1]))
+                        kept.wanted.add(reader)  # so that nobody frees it meanwhile
+                        borrowed.append((chunk, kept))
+                        copies.append((native.address_of(chunk), kept.address, kept.size))
                         continue
                     owners = self._owners[chunk]
-                    for owner in (
-                        owners[:1] if owners[0].parted else owners
-                    ):  # versions have the same bytes there
+                    mine = [owner for owner in owners if owner in holding.regions]
+                    if mine[0].parted:  # versions have the same bytes there
+                        mine = mine[:1]
+                    elif others := [owner for owner in owners if owner not in holding.regions]:
+                        self._unfilled[chunk] = others + mine  # each model reads its own files only
+                    for owner in mine:
                         parts += owner.parts[chunk]
                         filled.append((chunk, owner))
                 items = [self._entries[d].wanted for d in dict.fromkeys(part.path.name for part in parts)]
@@ -434,9 +469,23 @@ class Residency:
             native.load_failed(number, chunks)
             self._raise_altered(error, items)
             raise
+        finally:
+            if borrowed:
+                with self._locked():
+                    for chunk, kept in borrowed:
+                        self._let_go(chunk, kept, reader)
         done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
         if self._copies and done >= TELLING:
             self._rate = done / (time.perf_counter() - start)
+
+    def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
+        """Whoever wanted a copy wants it no more; the last one frees it."""
+        kept.wanted.discard(who)
+        if not kept.wanted:
+            if self._pinned.get(chunk) is kept:
+                del self._pinned[chunk]
+            with contextlib.suppress(DriverError):
+                self._device.forget(kept.address)
 
     def _is_filled(self, chunk: int, region: _Region) -> None:
         if region in (regions := self._unfilled.get(chunk, [])):
@@ -445,36 +494,40 @@ class Residency:
                 del self._unfilled[chunk]
 
     def _fill_tails(self, holding: Holding) -> None:
-        """Write weights into chunks that were there before them, for a holding that is in use."""
+        """Write a holding's weights into chunks that were there before them; it is in use."""
         with self._filling:
             with self._locked():
-                chunks = [chunk for chunk in self._unfilled if chunk in holding.chunks]
-            for chunk in chunks:
+                todo = [
+                    (chunk, [region for region in self._unfilled[chunk] if region in holding.regions])
+                    for chunk in holding.chunks
+                    if chunk in self._unfilled
+                ]
+            for chunk, regions in todo:
+                if not regions:
+                    continue
                 with self._locked():
-                    regions = list(self._unfilled.get(chunk, ()))
                     items = [self._entries[part.path.name].wanted for r in regions for part in r.parts[chunk]]
                 for item in items:
                     self._verify(item)
-                address = self._native.begin_writing(chunk)
-                try:
-                    for region in regions:
-                        shift = address - region.starts[region.chunks.index(chunk)]
-                        moved = [replace(part, address=part.address + shift) for part in region.parts[chunk]]
-                        self._device.load(moved)
-                except BaseException as error:
-                    self._raise_altered(error, items)
-                    raise
-                finally:
-                    self._native.end_writing(chunk, address)
-                with self._locked():
-                    for region in regions:
-                        self._is_filled(chunk, region)
-                    kept = self._pinned.get(chunk)
-                if kept:  # it is of before
-                    copy = self._device.keep(self._native.address_of(chunk), kept[1])
+                with self._pinning:  # a copy has all of it, or is made anew
+                    address = self._native.begin_writing(chunk)
+                    try:
+                        for region in regions:
+                            shift = address - region.starts[region.chunks.index(chunk)]
+                            moved = [replace(p, address=p.address + shift) for p in region.parts[chunk]]
+                            self._device.load(moved)
+                    except BaseException as error:
+                        self._raise_altered(error, items)
+                        raise
+                    finally:
+                        self._native.end_writing(chunk, address)
                     with self._locked():
-                        self._pinned[chunk] = (copy, *kept[1:])
-                    self._device.forget(kept[0])
+                        if kept := self._pinned.pop(chunk, None):
+                            self._renewals += 1
+                            for who in [who for who in kept.wanted if isinstance(who, Holding)]:
+                                self._let_go(chunk, kept, who)
+                        for region in regions:
+                            self._is_filled(chunk, region)
 
     def _verify(self, item: Wanted) -> None:
         """Check an object's bytes, unless they were checked and the file has not changed since."""
@@ -485,6 +538,8 @@ class Residency:
         except OSError as error:
             raise AlteredObjectError(item.digest, path, error) from error
         with _checked(item):
+            if len(self._verified) >= MOST_VERIFIED:
+                self._verified.clear()
             self._verified[path] = seen
 
     @staticmethod
@@ -503,16 +558,18 @@ class Residency:
             for chunk in holding.chunks:
                 with self._locked():
                     if kept := self._pinned.get(chunk):
-                        kept[2].add(holding._number)
+                        kept.wanted.add(holding)
                         continue
                     region = self._owners[chunk][0]
                 size = region.sizes[region.chunks.index(chunk)]
                 made = self._device.keep(self._native.address_of(chunk), size)
                 with self._locked():
-                    self._pinned[chunk] = (made, size, {holding._number})
+                    self._pinned[chunk] = _Copy(made, size, {holding})
 
     def _weigh(self, holding: Holding) -> Weighed:
         with self._locked():
+            if holding.closed:
+                return Weighed(0, 0, 0, 0, {})
             shared = own = 0
             others: dict[int, int] = {}
             for digest in holding.addresses:
@@ -525,8 +582,8 @@ class Residency:
                             others[user] = others.get(user, 0) + size
                 else:
                     own += size
-            pinned = sum(self._pinned[c][1] for c in holding.chunks if c in self._pinned)
-            missing = 0 if holding.closed else int(self._native.user(holding._number)["missing"])
+            pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
+            missing = int(self._native.user(holding._number)["missing"])
             return Weighed(shared, own, missing, pinned, others)
 
 
@@ -556,26 +613,30 @@ class Holding:
         self.addresses = addresses
         self.chunks = chunks
         self.host_copy = host_copy
+        self.regions: frozenset[_Region] = frozenset()
         self.closed = False
         self._unclosed = threading.Lock()  # taken once and for all by close()
-        self._kept = False
+        self._closing = False
+        self._kept = -1  # the table's renewals when its copies were made
         self._keeping = threading.Lock()
 
     def __enter__(self) -> Holding:
-        """Begin a use: waits for room while other uses go on, and for what other threads load."""
+        """Begin a use: waits for room while other uses go on, and for what other threads load. Ctrl-C ends the wait."""
         table = self._table
+        if self._closing:
+            raise GlakeError("the model is closed: its weights are gone. Load it again.")
         if chunks := self._native.begin_use(self._number):
             table._bring(self, chunks)
-        keeps = self.host_copy == "pinned" and not self._kept and table._copies
+        keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
         if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
             try:
                 table._fill_tails(self)
                 with self._keeping:
-                    if keeps and not self._kept:
+                    if keeps and self._kept != (renewals := table._renewals):
                         table._keep_copies(self)
-                        self._kept = True
+                        self._kept = renewals
             except BaseException:
-                self._native.end_use(self._number)
+                self.__exit__(None, None, None)
                 raise
         return self
 
@@ -584,6 +645,8 @@ class Holding:
     ) -> None:
         """End a use."""
         self._native.end_use(self._number)
+        if self._closing:
+            self.close()
 
     def suspend(self) -> int:
         """Wait for uses in progress, then give back what no other awake holding needs; returns the bytes.
@@ -595,29 +658,33 @@ class Holding:
     @property
     def suspended(self) -> bool:
         """Whether it was suspended, or not yet used. What the pool took by itself is in `weigh().asleep`."""
-        return not self._native.user(self._number)["awake"]
+        return not self.closed and not self._native.user(self._number)["awake"]
 
     @property
     def idle_seconds(self) -> float:
         """Since the end of the last use; 0 during one."""
-        return float(self._native.user(self._number)["idle_seconds"])
+        return 0.0 if self.closed else float(self._native.user(self._number)["idle_seconds"])
 
     @property
     def busy(self) -> bool:
         """Whether uses are in progress."""
-        return bool(self._native.user(self._number)["busy"])
+        return not self.closed and bool(self._native.user(self._number)["busy"])
 
     def set_policy(self, *, evictable: bool, priority: int) -> None:
         """Let the pool take its memory while it is idle, lower priorities first, or do not."""
-        self._native.set_policy(self._number, evictable, priority)
+        if not self.closed:
+            self._native.set_policy(self._number, evictable, priority)
 
     def weigh(self) -> Weighed:
         """Its bytes now."""
         return self._table._weigh(self)
 
     def close(self) -> None:
-        """Give the references back; nothing may read the addresses any more. Closing twice is fine."""
-        if self._unclosed.acquire(blocking=False):
+        """Give the references back, once the uses in progress have ended. Closing twice is fine."""
+        self._closing = True
+        if os.getpid() != self._table._process:  # a child of fork(): they are the parent's
+            return
+        if not self.closed and not self.busy and self._unclosed.acquire(blocking=False):
             self.closed = True
             self._table._closing.append(self)
             self._table._give_back_closed()
@@ -630,23 +697,40 @@ def _remove_regions(native: _native.Pool, numbers: set[int]) -> None:
             native.remove_region(number)
 
 
-def drop_pages(paths: Iterable[Path]) -> None:
-    """Let go of pages of these files that this process has mapped by itself: they are read again when they are touched.
+Span = tuple[int, int]
+"""The first address and the one behind the last."""
 
-    Only of mappings that nothing was written to.
-    """
+
+def mappings_of(paths: Iterable[Path]) -> set[Span]:
+    """Where this process has mapped these files by itself: privately, as ONNX Runtime does."""
     names = {str(path) for path in paths}
+    found: set[Span] = set()
+    if not names:
+        return found
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[1].endswith("p") and fields[5] in names:
+            start, _, end = fields[0].partition("-")
+            found.add((int(start, 16), int(end, 16)))
+    return found
+
+
+def drop_pages(mappings: Iterable[Span]) -> None:
+    """Let go of the pages of mapped files: they are read again when they are touched.
+
+    Only where nothing was written. The mappings must stay until this returns.
+    """
+    wanted = set(mappings)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     dont_need = 4
-    span: tuple[int, int] | None = None
+    span: Span | None = None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head, _, rest = line.partition(" ")
         if "-" in head and not head.endswith(":"):
             start, _, end = head.partition("-")
-            name = rest.split(maxsplit=4)[-1] if rest.count(" ") >= 4 else ""
-            span = (int(start, 16), int(end, 16)) if name.strip() in names else None
-        elif head == "Anonymous:" and span and rest.split()[0] == "0":
+            span = (int(start, 16), int(end, 16))
+        elif head == "Anonymous:" and span in wanted and rest.split()[0] == "0":
             libc.madvise(span[0], span[1] - span[0], dont_need)
 
 

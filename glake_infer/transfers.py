@@ -141,7 +141,11 @@ class CudaTransfers:
                 thread.start()
             work(readers[0])
             for thread in threads:
-                thread.join()
+                while thread.is_alive():
+                    try:
+                        thread.join()
+                    except BaseException as error:  # Ctrl-C: the others end, before the memory is taken back
+                        errors.append(error)
             if errors:
                 for reader in readers:  # nothing may be queued when the caller takes the memory back
                     with contextlib.suppress(Exception), cuda.captures_left_alone():

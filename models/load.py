@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
 from glake_infer.models.values import FOREIGN, value_of_argument
-from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Wanted
+from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Span, Wanted, mappings_of
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ Optimization = Literal["all", "extended", "basic", "disable"]
 Streams = Literal["one", "per run"]
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+
+_mapping = threading.Lock()
+"""Held while a session that maps files by itself is built, so that it is known which mappings are its own."""
 
 SESSION_BYTES = 1 << 20
 """What a session takes from the pool for small weights and slabs when it is built, beside the graph's own bytes."""
@@ -292,7 +297,11 @@ def _build_session(
                 stream = _take_stream(gpu_index(pool.device))
                 providers = _with_stream(providers, stream)
             before = _Before(pool, model._label)
-            with session_errors(pool, "loading", model.name):
+            objects = model.package.store.prepared_objects
+            paths = [objects.path(w.digest) for w in prepared.weights if not w.injected]
+            mapped: set[Span] = set()
+            with session_errors(pool, "loading", model.name), _mapping if paths else contextlib.nullcontext():
+                there = mappings_of(paths)
                 values = pool.attach(
                     options, _injected(prepared, holding.addresses), cuda_graph=model._captures
                 )
@@ -302,6 +311,7 @@ def _build_session(
                     )
                 finally:
                     values.close()
+                mapped = mappings_of(paths) - there
             check_providers(session.get_providers(), providers)
     except BaseException as error:
         session = None
@@ -314,19 +324,7 @@ def _build_session(
     weakref.finalize(session, _session_ended, holding, pool.device, stream).atexit = False
     model.session = session
     model._holding = holding
-    model._mapped_by_session = {
-        w.digest: store_path
-        for w, store_path in (
-            (
-                w,
-                (model.package.store.prepared_objects if w.derived else model.package.store.objects).path(
-                    w.digest
-                ),
-            )
-            for w in prepared.weights
-        )
-        if not w.injected
-    }
+    model._mapped_by_session = frozenset(mapped)
     model._private = max(0, pool.stats().active - before.active)
     if pool.device != "cpu":
         model._libraries = before.libraries()

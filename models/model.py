@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -18,6 +17,7 @@ from glake_infer import cuda
 from glake_infer.allocators.errors import (
     GlakeError,
     InputError,
+    InvalidPointerError,
     OutOfMemoryError,
     StoreError,
 )
@@ -35,7 +35,7 @@ from glake_infer.models.values import (
     from_ort_value,
     to_ort_value,
 )
-from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Residency, drop_pages
+from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Residency, Span, drop_pages
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -45,11 +45,6 @@ Place = Literal["host", "device"]
 
 _numbers = itertools.count(1)
 _by_number: weakref.WeakValueDictionary[int, Model] = weakref.WeakValueDictionary()
-
-
-def _is_awake(number: int) -> bool:
-    model = _by_number.get(number)
-    return model is not None and model._holding is not None and not model._closed and not model.suspended
 
 
 @dataclass(frozen=True)
@@ -73,6 +68,10 @@ class ModelMemory:
     handles with their workspaces, code of kernels), as the driver counts. The first run takes more."""
     shared_with: Mapping[str, int] = field(default_factory=dict)
     """Other loaded models, by name, and the bytes of weights that each of them uses too."""
+
+
+class ModelClosedError(GlakeError):
+    """A model is used after `close()`."""
 
 
 class Model:
@@ -105,7 +104,7 @@ class Model:
         self._evictable = False
         self._priority = 0
         self._gate: Gate | None = None
-        self._mapped_by_session: dict[str, Path] = {}  # objects that ONNX Runtime maps by itself
+        self._mapped_by_session: frozenset[Span] = frozenset()  # files that ONNX Runtime has mapped by itself
         self._private = 0
         self._libraries = 0
         _by_number[self._number] = self
@@ -175,13 +174,14 @@ class Model:
         Raises GlakeError after `close()`, DriverError (the GPU failed; the model stays awake).
         """
         holding = self._open_holding()
-        freed = holding.suspend()
-        if self._mapped_by_session:
-            drop_pages(
-                path
-                for digest, path in self._mapped_by_session.items()
-                if not any(_is_awake(number) for number in self._residency.users_of(digest))
-            )
+        session = self.__dict__.get("session")  # its mappings stay while somebody has it
+        try:
+            freed = holding.suspend()
+        except InvalidPointerError:
+            self._open_holding()  # closed meanwhile
+            raise
+        if session is not None and self._mapped_by_session:
+            drop_pages(self._mapped_by_session)
         return freed + self.pool.trim()
 
     def resume(self) -> None:
@@ -243,10 +243,13 @@ class Model:
 
     def _open_holding(self) -> Holding:
         if self._closed or self._holding is None:
-            raise GlakeError(
-                f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
-            )
+            raise self._is_closed()
         return self._holding
+
+    def _is_closed(self) -> ModelClosedError:
+        return ModelClosedError(
+            f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
+        )
 
     @contextlib.contextmanager
     def _waking(self) -> Iterator[None]:
@@ -321,11 +324,12 @@ class Model:
         while True:
             begun = self._begin()
             try:
-                with self._waking():
-                    results = self._run_once(names, checked, to)
-            except OutOfMemoryError:
-                self._spoil()
-                raise
+                with self._waking(), self._open_holding():
+                    try:
+                        results = self._run_once(names, checked, to)
+                    except OutOfMemoryError:  # in the run, not in waking
+                        self._spoil()
+                        raise
             finally:
                 if self._captures:
                     self.pool.captures_ended()
@@ -405,8 +409,6 @@ class Model:
     def close(self) -> None:
         """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
         with self._condition:
-            if self._closed:
-                return
             self._closed = True
             self._condition.wait_for(lambda: not self._running)
         self.__dict__.pop(
@@ -436,9 +438,7 @@ class Model:
                 self._make_session(self)
                 self._renewed = spoiled
             if self._closed:
-                raise GlakeError(
-                    f"the model {self.name} is closed. Load it again with gi.load({str(self.package.path)!r}, pool)."
-                )
+                raise self._is_closed()
             self._running += 1
             return self._spoiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -13,7 +14,7 @@ from glake_infer.allocators.errors import GlakeError, InputError
 from glake_infer.allocators.pool import Pool
 from glake_infer.models.gate import Gate
 from glake_infer.models.load import CUDA_PROVIDER, load
-from glake_infer.models.model import Model
+from glake_infer.models.model import Model, ModelClosedError
 from glake_infer.residency import HostCopy
 from glake_infer.store import Store
 
@@ -78,15 +79,24 @@ class Runtime:
         model = load(path, self.pool, **options)
         model._join(self._gate, pin=pin, priority=priority)
         with self._lock:
-            self._models.add(model)
+            closed = self._closed
+            if not closed:
+                self._models.add(model)
+        if closed:
+            model.close()
+            raise GlakeError("the Runtime was closed while the model was loaded. Make another.")
         return model
 
     @property
     def models(self) -> list[Model]:
         """Those that are loaded, the most recently used first."""
         with self._lock:
-            models = [model for model in self._models if not model.closed]
-        return sorted(models, key=lambda model: model.idle_seconds)
+            models = list(self._models)
+        idle = {}
+        for model in models:
+            with contextlib.suppress(ModelClosedError):
+                idle[model] = model.idle_seconds
+        return sorted(idle, key=lambda model: idle[model])
 
     def suspend_idle(self, older_than: float = 0.0) -> int:
         """Put every model to sleep that is not pinned and was not run for `older_than` seconds; return the bytes freed.
@@ -97,13 +107,10 @@ class Runtime:
             raise InputError(f"older_than={older_than}: expected seconds, 0 or more.")
         freed = 0
         for model in reversed(self.models):
-            if (
-                not model.pinned
-                and not model.suspended
-                and not model.busy
-                and model.idle_seconds >= older_than
-            ):
-                freed += model.suspend()
+            with contextlib.suppress(ModelClosedError):
+                idle = not model.busy and model.idle_seconds >= older_than
+                if idle and not model.pinned and not model.suspended:
+                    freed += model.suspend()
         return freed
 
     def close(self) -> None:
@@ -111,8 +118,10 @@ class Runtime:
 
         Raises PoolInUseError where results of runs, or sessions of others, still hold memory of the pool.
         """
-        self._closed = True
-        for model in self.models:
+        with self._lock:
+            self._closed = True
+            models = list(self._models)
+        for model in models:
             model.close()
         if self._own:
             self.pool.close()

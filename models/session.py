@@ -82,6 +82,8 @@ class session_errors:  # noqa: N801  (reads as a verb phrase: with session_error
         del trace
         if kind is None or error is None:
             return
+        if isinstance(error, GlakeError):  # of waking: raised where the session's frame is in the traceback
+            raise error.with_traceback(None)
         # A refusal is known by its number: an IOBinding that copies an input to the device raises a MemoryError with it.
         refusal = self._pool.explain(error)
         # A run with an IOBinding raises a plain RuntimeError.

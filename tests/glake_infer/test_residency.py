@@ -15,7 +15,7 @@ import pytest
 import glake_infer as gi
 from glake_infer import layout
 from glake_infer.digest import digests_of_pieces
-from glake_infer.residency import AlteredObjectError, Residency, Wanted, drop_pages
+from glake_infer.residency import AlteredObjectError, Residency, Wanted, drop_pages, mappings_of
 
 PAGE = 4096
 KiB, MiB = 1 << 10, 1 << 20
@@ -492,10 +492,10 @@ def test_pages_that_this_process_mapped_by_itself_are_dropped(tmp_path):
 
     assert len(mapped[:]) == 8 * MiB
     assert resident() >= 8 * MiB
-    drop_pages([file])
+    drop_pages(mappings_of([file]))
     assert resident() == 0
     assert mapped[:] == file.read_bytes()
     mapped[0:1] = b"x"  # written to: it stays
-    drop_pages([file])
+    drop_pages(mappings_of([file]))
     assert mapped[0:1] == b"x"
     mapped.close()
