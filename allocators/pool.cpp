@@ -714,6 +714,7 @@ void Pool::wait_for_change(std::unique_lock<std::mutex>& lock, const std::functi
 std::vector<Weights::Id> Pool::begin_use(Weights::Id user, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);
+  const auto asked = Weights::Clock::now();
   auto mine = waiters_.end();
   const auto leave = [&] {
     if (mine != waiters_.end()) waiters_.erase(mine);
@@ -721,10 +722,13 @@ std::vector<Weights::Id> Pool::begin_use(Weights::Id user, const std::function<v
   };
   for (;;) {
     // Who has waited long goes first: without that a large model could wait for ever while small ones take turns.
-    // But not before what it waits for itself: a use within another, or one that takes nothing which it could have.
+    // But not before what it may wait for itself: a use within another, or one that takes nothing which it could have.
+    const auto now = Weights::Clock::now();
     const bool behind = !waiters_.empty() && waiters_.begin() != mine && uses_of_this_thread == 0 &&
-                        Weights::Clock::now() - waiters_.front().since > longest_wait && resident_.matters(user);
-    const bool held = std::find(suspending_.begin(), suspending_.end(), user) != suspending_.end();
+                        now - waiters_.front().since > longest_wait && now - asked < 2 * longest_wait &&
+                        resident_.matters(user);
+    const bool held =
+        uses_of_this_thread == 0 && std::find(suspending_.begin(), suspending_.end(), user) != suspending_.end();
     if (!behind && !held) {
       try {
         if (auto chunks = resident_.begin(user)) {
@@ -862,7 +866,7 @@ PoolStats Pool::stats() {
   for (const auto& [address, bytes] : files_) files += bytes;
   stats.weights -= files;  // counted in pages already
   if (debug_) {
-    stats.active = debug_->active();
+    stats.active = debug_->active() - stats.unused_weights;
     stats.reserved = debug_->reserved();
     stats.idle = stats.reserved - stats.active;
     stats.peak_reserved = std::max(stats.peak_active, stats.reserved);

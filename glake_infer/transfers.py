@@ -132,7 +132,10 @@ class CudaTransfers:
                     reader.finish()
             except BaseException as error:
                 errors.append(error)
+            finally:
+                finished.release()
 
+        finished = threading.Semaphore(0)
         total = sum(part.size for part in parts)
         count = max(1, min(READERS, os.cpu_count() or 1, total // PIECE))
         with self._readers(count) as readers:
@@ -140,12 +143,13 @@ class CudaTransfers:
             for thread in threads:
                 thread.start()
             work(readers[0])
-            for thread in threads:
-                while thread.is_alive():
-                    try:
-                        thread.join()
-                    except BaseException as error:  # Ctrl-C: the others end, before the memory is taken back
-                        errors.append(error)
+            left = len(readers)
+            while left:
+                try:
+                    finished.acquire()
+                    left -= 1
+                except BaseException as error:  # Ctrl-C: the others end, before the memory is taken back
+                    errors.append(error)
             if errors:
                 for reader in readers:  # nothing may be queued when the caller takes the memory back
                     with contextlib.suppress(Exception), cuda.captures_left_alone():

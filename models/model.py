@@ -110,6 +110,7 @@ class Model:
         _by_number[self._number] = self
         self._running = 0
         self._closed = False
+        self._ending = self._ended = False  # the session, by close()
         self._spoiled = 0  # how many times a refused request left the session in disorder
         self._renewed = 0  # the value of _spoiled that the session was last made anew for
         self._condition = threading.Condition()
@@ -411,9 +412,16 @@ class Model:
         with self._condition:
             self._closed = True
             self._condition.wait_for(lambda: not self._running)
+            if self._ending:  # by another thread
+                self._condition.wait_for(lambda: self._ended)
+                return
+            self._ending = True
         self.__dict__.pop(
             "session", None
         )  # its finalizer gives the weights back, once nobody else holds the session either
+        with self._condition:
+            self._ended = True
+            self._condition.notify_all()
 
     def _spoil(self) -> None:
         """Note that a request was refused in a run. The session is made anew before the next one, if need be.
