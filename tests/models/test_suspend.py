@@ -1,5 +1,6 @@
 """Models that sleep, and a Runtime for more than fit. On the CPU; weights are mapped, or copied as on a GPU."""
 
+import contextlib
 import gc as garbage
 import random
 import shutil
@@ -404,3 +405,83 @@ def test_a_thousand_naps_leave_no_growth(workshop, kind):
                 levels.append((measure().private, pool.stats().reserved, pool.stats().requested))
         assert levels[1][1:] == levels[2][1:]
         assert levels[2][0] - levels[1][0] < MiB
+
+
+def test_errors_of_waking_keep_no_session_alive(tmp_path, pool, kind):
+    store = gi.Store(tmp_path / "store")
+    zoo.write(SPECS["a"], tmp_path / "a.onnx")
+    gi.convert(tmp_path / "a.onnx", tmp_path / "a.glake", store=store)
+    model = gi.load(tmp_path / "a.glake", pool, store=store)
+    expected = model.run(feeds_of("a"))
+    model.suspend()
+    pool.limit = pool.stats().active + MiB
+    kept = []
+    with pytest.raises(gi.OutOfMemoryError) as no_room:
+        model.run(feeds_of("a"))
+    kept.append(no_room.value)
+    pool.limit = "1GiB"
+    shutil.move(store.root, tmp_path / "away")
+    with pytest.raises(gi.StoreError) as no_store:
+        model.run(feeds_of("a"))
+    kept.append(no_store.value)
+    shutil.move(tmp_path / "away", store.root)
+    same(model.run(feeds_of("a")), expected)
+    holding = model._holding
+    del no_room, no_store
+    model.close()
+    garbage.collect()
+    assert holding.closed
+    assert len(kept) == 2
+
+
+def test_too_little_room_to_wake_does_not_end_a_session_with_convolutions(workshop, pool, kind):
+    model = load(workshop, "a", pool)
+    model._convolutions = True  # as on a GPU: a refused run leaves them in disorder
+    expected = model.run(feeds_of("a"))
+    session = model.session
+    model.suspend()
+    pool.limit = pool.stats().active + MiB
+    for _ in range(2):
+        with pytest.raises(gi.OutOfMemoryError):
+            model.run(feeds_of("a"))
+    assert model.session is session
+    pool.limit = "1GiB"
+    same(model.run(feeds_of("a")), expected)
+    del session
+    model.close()
+
+
+def test_a_runtime_is_looked_at_and_closed_while_others_load_and_close(workshop, monkeypatch):
+    folder, store = workshop
+    runtime = gi.Runtime("1GiB", device="cpu", store=store)
+    problems, stop = [], threading.Event()
+
+    def look():
+        try:
+            while not stop.is_set():
+                assert len(runtime.models) <= 2
+                runtime.suspend_idle()
+        except BaseException as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in range(10):
+        runtime.load(folder / "a.glake").close()
+    stop.set()
+    thread.join()
+    assert not problems, repr(problems[0])
+    from glake_infer.models import runtime as runtime_module
+
+    real = runtime_module.load
+
+    def slow(*arguments, **options):
+        model = real(*arguments, **options)
+        with contextlib.suppress(gi.PoolInUseError):
+            runtime.close()
+        return model
+
+    monkeypatch.setattr(runtime_module, "load", slow)
+    with pytest.raises(gi.GlakeError, match="closed while the model was loaded"):
+        runtime.load(folder / "a.glake")
+    runtime.close()
