@@ -628,12 +628,16 @@ bool Pool::reserve(std::size_t bytes) {
   return chunks_.pin(bytes);
 }
 
-bool Pool::has_room(std::size_t bytes) {
-  if (debug_) return plus(debug_->active(), bytes) <= chunks_.limit();
-  if (plus(in_use(), bytes) <= chunks_.limit()) return true;
-  collect_graphs();
-  flush_all();
-  return plus(in_use(), bytes) <= chunks_.limit();
+std::size_t Pool::excess(std::size_t bytes) {
+  const auto over = [&] {
+    const std::size_t needed = plus(debug_ ? debug_->active() : in_use(), bytes);
+    return needed > chunks_.limit() ? needed - chunks_.limit() : 0;
+  };
+  if (over() != 0 && !debug_) {
+    collect_graphs();
+    flush_all();
+  }
+  return over();
 }
 
 void Pool::give_back_idle() {

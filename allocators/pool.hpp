@@ -282,7 +282,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   // WeightBudget
   [[nodiscard]] bool reserve(std::size_t bytes) override;
   void unreserve(std::size_t bytes) noexcept override { unpin(bytes); }
-  [[nodiscard]] bool has_room(std::size_t bytes) override;
+  [[nodiscard]] std::size_t excess(std::size_t bytes) override;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
   void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;

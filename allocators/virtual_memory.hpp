@@ -6,7 +6,7 @@
 // driver's virtual memory management).
 //
 // Contract
-// - Sizes and addresses are multiples of granularity().
+// - Sizes and addresses are multiples of granularity(); of ranges for files, of a page.
 // - A call that fails throws DriverError and has changed nothing.
 // - The calls that give back (release, destroy, unmap) never throw: they run while errors unwind.
 // - Calls come from one thread at a time (the pool holds its lock).

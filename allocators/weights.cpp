@@ -10,6 +10,9 @@
 #include "pool.hpp"
 
 namespace glake {
+namespace {
+constexpr std::size_t page = 4096;
+}  // namespace
 
 template <class Map>
 auto& Weights::find(Map& map, Id id) {
@@ -38,9 +41,9 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
   Placement placement;
   placement.chunks.reserve(pieces.size());
   const Id number = placement.region = ++last_;
-  Region& region =
-      regions_.emplace(number, Region{AddressRange(memory_, round_up(total, memory_.granularity())), {}, {}})
-          .first->second;
+  // A rest of a granule would be one more mapping beside each file's.
+  const std::size_t step = kind == Kind::file ? page : memory_.granularity();
+  Region& region = regions_.emplace(number, Region{AddressRange(memory_, round_up(total, step)), {}, {}}).first->second;
   Address address = placement.address = region.range.address();
   try {
     for (const Piece& piece : pieces) {
@@ -261,11 +264,13 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
       bytes = plus(bytes, chunk->bytes);
     }
     ++user.busy;  // so that nothing of it is evicted
-    if (const std::size_t may_leave = evictable(); bytes > may_leave && !budget_.has_room(bytes - may_leave)) {
+    const std::size_t excess = budget_.excess(bytes);
+    if (excess > evictable()) {
       --user.busy;
       if (someone_else_is_busy(user)) return std::nullopt;
       throw NoRoom{bytes};
     }
+    if (excess != 0) evict(excess);  // at once: each call looks at every chunk
     std::size_t present = 0;
     const auto undo = [&] {
       for (std::size_t i = 0; i < present; ++i) make_absent(*absent[i]);
@@ -420,7 +425,7 @@ std::size_t Weights::suspend(Id id) {
                        [&](const User* each) { return each != &user && each->awake; });
   };
   for (Chunk* chunk : user.chunks) {
-    if (chunk->state == State::resident && !needed(chunk)) settle(*chunk, true);
+    if (chunk->state == State::resident && !needed(chunk)) (void)settle(*chunk, true);
   }
   user.awake = false;
   std::size_t bytes = 0;

@@ -38,8 +38,8 @@ class WeightBudget {
   // Counts bytes as reserved, having given idle memory back if need be; false if there is no room.
   [[nodiscard]] virtual bool reserve(std::size_t bytes) = 0;
   virtual void unreserve(std::size_t bytes) noexcept = 0;
-  // Whether reserve() could count that many bytes, with all idle memory given back.
-  [[nodiscard]] virtual bool has_room(std::size_t bytes) = 0;
+  // By how much that many bytes would exceed the limit, with all idle memory given back.
+  [[nodiscard]] virtual std::size_t excess(std::size_t bytes) = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
   // Counts bytes as active (and those asked for, by holder), or no longer.

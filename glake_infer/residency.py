@@ -147,7 +147,7 @@ class Residency:
         self._device: Device = device_for(pool.device)
         self._copies = copies
         self._process = os.getpid()
-        self._lock = threading.Lock()  # of the tables below; see _locked
+        self._lock = threading.RLock()  # of the tables below; see _locked
         self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
         self._entries: dict[str, _Entry] = {}
         self._regions: dict[int, _Region] = {}
@@ -258,12 +258,10 @@ class Residency:
             raise ForkedProcessError
 
     def _give_back_closed(self) -> None:
-        while self._closing and self._lock.acquire(blocking=False):
-            try:
+        while self._closing and not self._lock._is_owned():  # type: ignore[attr-defined]
+            with self._lock:
                 while self._closing:
                     self._release(self._closing.popleft())
-            finally:
-                self._lock.release()
 
     # Placing.
 

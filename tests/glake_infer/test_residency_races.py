@@ -515,3 +515,38 @@ def test_a_child_of_fork_does_not_hang(tmp_path, monkeypatch, what):
         os._exit(0)
     t.join()
     assert os.waitpid(pid, 0)[1] == 0, "the child hangs"
+
+
+def test_a_close_is_done_when_it_returns(pool, table, folder, monkeypatch):
+    a, b = [wanted(folder, os.urandom(MiB))], [wanted(folder, os.urandom(MiB))]
+    holding = table.hold(a, 1)
+    check(holding, a)
+    inside, real = threading.Event(), Residency._place
+
+    def place(self, missing):
+        inside.set()
+        time.sleep(0.5)
+        real(self, missing)
+
+    monkeypatch.setattr(Residency, "_place", place)
+    thread = threading.Thread(target=table.hold, args=(b, 2))
+    thread.start()
+    inside.wait()
+    holding.close()
+    assert pool.stats().active == 0
+    thread.join()
+
+
+def test_a_mapped_weight_takes_one_mapping(pool, folder):
+    table = Residency.of(pool, copies=False)
+    items = [wanted(folder, os.urandom(5000)) for _ in range(100)]
+    holding = table.hold(items, 1)
+
+    def mappings():
+        with open("/proc/self/maps") as file:  # noqa: PTH123
+            return len(file.readlines())
+
+    before = mappings()
+    with holding:
+        right(holding, items)
+        assert mappings() - before <= 105
