@@ -59,7 +59,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_python_blocks_run(workplace):
     blocks = [block for block in BLOCKS if "cuda" not in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert run([sys.executable, "-W", "error", "-c", block], workplace)
 
