@@ -49,7 +49,7 @@ class CudaMemory final : public VirtualMemory {
   // none and read_only hold for kernels: one that breaks them fails with CUDA_ERROR_ILLEGAL_ADDRESS, and the context is
   // lost. Copies and fills by the driver fail without harm for none, and are not held back by read_only.
   void do_protect(Address address, std::size_t bytes, Access access) override;
-  Address do_map_file(int descriptor, std::size_t bytes, Address address) override;  // throws DriverError: the host's alone
+  Address do_map_file(int descriptor, std::size_t bytes, Address address) override;  // throws: the host's alone
   void do_unmap_file(Address address, std::size_t bytes) noexcept override;
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
   void do_read(void* target, Address source, std::size_t bytes) override;
