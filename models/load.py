@@ -91,7 +91,7 @@ def load(
         where memory comes from (`device_id`, `gpu_mem_limit`, `gpu_external_alloc`...) is the pool's matter.
     streams
         On CUDA. "per run": runs that go on at the same time have streams of their own, as in plain ONNX Runtime. "one":
-        all runs of the model are queued on one stream, which saves a cuBLAS handle (44 MiB on an H200): for many
+        all runs of the model are queued on one stream, which saves a cuBLAS handle (42 MiB on an H200): for many
         models that are seldom run by several threads at once. `user_compute_stream` in provider_options names one too.
     host_copy
         On CUDA, what `Model.resume` brings weights back from: "store" reads the store's files again (page cache or
