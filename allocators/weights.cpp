@@ -484,11 +484,6 @@ std::size_t Weights::drop_unused(std::size_t bytes) noexcept {
   return drop(bytes, [](const Chunk& chunk) { return chunk.users.empty(); });
 }
 
-std::size_t Weights::resident_chunks() const noexcept {
-  return static_cast<std::size_t>(std::count_if(chunks_.begin(), chunks_.end(),
-                                                [](const auto& each) { return each.second.state != State::absent; }));
-}
-
 void Weights::check_invariants() const {
   std::size_t reserved = 0;
   std::size_t active = 0;

@@ -132,7 +132,6 @@ class Weights {
   [[nodiscard]] std::size_t active() const noexcept { return active_; }
   [[nodiscard]] std::size_t files() const noexcept { return files_; }  // of active
   [[nodiscard]] std::size_t requested() const noexcept { return requested_; }
-  [[nodiscard]] std::size_t resident_chunks() const noexcept;
 
   void check_invariants() const;
 

@@ -228,11 +228,6 @@ class Residency:
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
 
-    def users_of(self, digest: str) -> list[int]:
-        """The models that hold a weight."""
-        with self._locked():
-            return list(self._entries[digest].users) if digest in self._entries else []
-
     @property
     def rate(self) -> float:
         """Bytes per second of the last load that was large enough to tell; 0 before."""
