@@ -46,6 +46,8 @@ namespace glake {
   F(mem_set_access, "cuMemSetAccess", CUresult (*)(CUdeviceptr, std::size_t, const CUmemAccessDesc*, std::size_t)) \
   F(mem_export, "cuMemExportToShareableHandle",                                                                    \
     CUresult (*)(void*, CUmemGenericAllocationHandle, CUmemAllocationHandleType, unsigned long long))              \
+  F(mem_import, "cuMemImportFromShareableHandle",                                                                  \
+    CUresult (*)(CUmemGenericAllocationHandle*, void*, CUmemAllocationHandleType))                                 \
   F(mem_alloc, "cuMemAlloc_v2", CUresult (*)(CUdeviceptr*, std::size_t))                                           \
   F(mem_free, "cuMemFree_v2", CUresult (*)(CUdeviceptr))                                                           \
   F(mem_host_alloc, "cuMemHostAlloc", CUresult (*)(void**, std::size_t, unsigned))                                 \

@@ -1,13 +1,14 @@
 #include "cuda_memory.hpp"
 
+#include <unistd.h>
+
 #include <string>
 
 namespace glake {
 
-CudaMemory::CudaMemory(int device, Options options)
+CudaMemory::CudaMemory(int device)
     : context_(std::make_shared<const CudaContext>(device)),
       driver_(context_->driver),
-      exportable_(options.exportable),
       total_(cuda_device_memory(device)),
       streams_(context_) {
   if (!context_->has(CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)) {
@@ -15,14 +16,9 @@ CudaMemory::CudaMemory(int device, Options options)
                       " failed: the device, or the way in which this machine shows it (vGPU, MPS), does not support "
                       "CUDA's virtual memory management, which glake-infer needs. Use another device.");
   }
-  if (exportable_ && !context_->has(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)) {
-    throw DriverError("making a pool with exportable memory on " + context_->name() +
-                      " failed: the device does not export memory as POSIX file descriptors. Make the pool without.");
-  }
   properties_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties_.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties_.location.id = context_->device();
-  if (exportable_) properties_.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
   const CurrentContext current(*context_);
   context_->check(driver_.mem_granularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
                   "asking for the granularity of memory (cuMemGetAllocationGranularity)");
@@ -62,17 +58,50 @@ ChunkHandle CudaMemory::do_create(std::size_t bytes) {
   return {handle, bytes};
 }
 
+ChunkHandle CudaMemory::do_create_shared(std::size_t bytes) {
+  if (!context_->has(CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED)) {
+    throw DriverError("creating memory that processes share on " + context_->name() +
+                      " failed: the device does not export memory as POSIX file descriptors. Make the pool without a "
+                      "broker.");
+  }
+  const CurrentContext current(*context_);
+  CUmemAllocationProp properties = properties_;
+  properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  CUmemGenericAllocationHandle handle = 0;
+  context_->check(driver_.mem_create(&handle, bytes, &properties, 0), "creating device memory (cuMemCreate)", bytes);
+  ChunkHandle made{handle, bytes, -1};
+  try {
+    context_->check(
+        driver_.mem_export(&made.descriptor, made.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+        "exporting device memory (cuMemExportToShareableHandle; are too many files open? `ulimit -n`)", bytes);
+  } catch (...) {
+    do_destroy(made);
+    throw;
+  }
+  return made;
+}
+
+ChunkHandle CudaMemory::do_adopt(int descriptor, std::size_t bytes) {
+  const CurrentContext current(*context_);
+  CUmemGenericAllocationHandle handle = 0;
+  context_->check(driver_.mem_import(&handle, reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor)),
+                                     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+                  "taking over device memory of another process (cuMemImportFromShareableHandle)", bytes);
+  return {handle, bytes, descriptor};  // kept: an imported handle cannot be exported again
+}
+
 void CudaMemory::do_destroy(ChunkHandle handle) noexcept {
+  if (handle.descriptor >= 0) close(handle.descriptor);
   const CurrentContext current(*context_);
   context_->report(driver_.mem_release(handle.value), "releasing device memory (cuMemRelease)", handle.bytes);
 }
 
-void CudaMemory::do_map(Address address, ChunkHandle handle) {
+void CudaMemory::do_map(Address address, ChunkHandle handle, Access access) {
   const CurrentContext current(*context_);
   context_->check(driver_.mem_map(address, handle.bytes, 0, handle.value, 0), "mapping device memory (cuMemMap)",
                   handle.bytes);
   try {
-    set_access(address, handle.bytes, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+    do_protect(address, handle.bytes, access);
   } catch (...) {
     do_unmap(address, handle.bytes);
     throw;
@@ -90,6 +119,10 @@ void CudaMemory::do_protect(Address address, std::size_t bytes, Access access) {
              access == Access::none        ? CU_MEM_ACCESS_FLAGS_PROT_NONE
              : access == Access::read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ
                                            : CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+}
+
+void CudaMemory::do_freeze(ChunkHandle handle, std::span<const Address> addresses) {
+  for (const Address address : addresses) do_protect(address, handle.bytes, Access::read_only);
 }
 
 void CudaMemory::set_access(Address address, std::size_t bytes, CUmemAccess_flags access) {
@@ -126,18 +159,6 @@ void CudaMemory::finish_private(CUresult queued, const char* attempt, std::size_
   context_->check(queued, attempt, bytes);
   const RelaxedCapture relaxed(driver_);
   context_->check(driver_.stream_synchronize(private_stream_), attempt, bytes);
-}
-
-int CudaMemory::do_export(ChunkHandle handle) {
-  if (!exportable_) {
-    throw DriverError("exporting " + std::to_string(handle.bytes) + " bytes on " + context_->name() +
-                      " failed: this pool's memory was not made exportable. Ask for that where the pool is made.");
-  }
-  const CurrentContext current(*context_);
-  int descriptor = -1;
-  context_->check(driver_.mem_export(&descriptor, handle.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-                  "exporting device memory (cuMemExportToShareableHandle)", handle.bytes);
-  return descriptor;
 }
 
 }  // namespace glake

@@ -21,14 +21,9 @@ namespace glake {
 
 class CudaMemory final : public VirtualMemory {
  public:
-  struct Options {
-    bool exportable = false;  // chunks can be given to other processes: export_descriptor()
-  };
-
   // The device by its number, as CUDA counts (after CUDA_VISIBLE_DEVICES). Throws DriverError: no driver, a driver or a
   // device that is too old, no such device.
-  explicit CudaMemory(int device, Options options);
-  explicit CudaMemory(int device) : CudaMemory(device, Options{}) {}
+  explicit CudaMemory(int device);
   ~CudaMemory() override;
 
   [[nodiscard]] std::size_t granularity() const noexcept override { return granularity_; }
@@ -43,8 +38,11 @@ class CudaMemory final : public VirtualMemory {
   Address do_reserve(std::size_t bytes) override;
   void do_release(Address address, std::size_t bytes) noexcept override;
   ChunkHandle do_create(std::size_t bytes) override;
+  ChunkHandle do_create_shared(std::size_t bytes) override;
+  ChunkHandle do_adopt(int descriptor, std::size_t bytes) override;
   void do_destroy(ChunkHandle handle) noexcept override;
-  void do_map(Address address, ChunkHandle handle) override;
+  void do_map(Address address, ChunkHandle handle, Access access) override;
+  void do_freeze(ChunkHandle handle, std::span<const Address> addresses) override;
   void do_unmap(Address address, std::size_t bytes) noexcept override;
   // none and read_only hold for kernels: one that breaks them fails with CUDA_ERROR_ILLEGAL_ADDRESS, and the context is
   // lost. Copies and fills by the driver fail without harm for none, and are not held back by read_only.
@@ -53,7 +51,6 @@ class CudaMemory final : public VirtualMemory {
   void do_unmap_file(Address address, std::size_t bytes) noexcept override;
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
   void do_read(void* target, Address source, std::size_t bytes) override;
-  int do_export(ChunkHandle handle) override;
 
   void set_access(Address address, std::size_t bytes, CUmemAccess_flags access);
   // Waits for what was queued on private_stream_, and for nothing else.
@@ -63,7 +60,6 @@ class CudaMemory final : public VirtualMemory {
   const CudaDriver& driver_;
   ProcessMark process_;
   CUmemAllocationProp properties_{};
-  bool exportable_;
   std::size_t granularity_ = 0;
   std::size_t total_ = 0;
   CUstream private_stream_ = nullptr;

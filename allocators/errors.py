@@ -61,7 +61,8 @@ class OutOfMemoryError(GlakeError, MemoryError):
     Attributes, in bytes at the moment of the failure: `requested`, `active`, `idle`, `reserved`,
     `limit`, `device_free`; `needed_limit`, the smallest limit with which this request would have
     passed; `holders`, who holds memory, as (label, tag, bytes as asked for), the largest first;
-    `device_full`, whether the limit had room but the device had none. For a request of ONNX
+    `device_full`, whether the limit had room but the device had none; `refusal`, what a broker said that had no
+    more room for this process. For a request of ONNX
     Runtime's `sequence` numbers the failures of this process from 1 on, and `thread` is the native id
     of the thread that asked; else both are 0.
     """
@@ -78,6 +79,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         device_free: int,
         holders: Iterable[tuple[str, str, int]],
         device_full: bool = False,
+        refusal: str = "",
     ) -> None:
         self.requested = requested
         self.active = active
@@ -88,6 +90,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         self.device_free = device_free
         self.holders = [(label, tag, size) for label, tag, size in holders]
         self.device_full = device_full
+        self.refusal = refusal
         self.sequence = 0
         self.thread = 0
         largest = [
@@ -97,7 +100,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         if len(self.holders) > 5:
             rest = sum(size for _, _, size in self.holders[5:])
             largest.append(f"{len(self.holders) - 5} more {format_bytes(rest)}")
-        remedy = (
+        remedy = refusal or (
             "The limit has room, but the device has none: other processes, or memory of this process outside the "
             "pool, hold the rest (`nvidia-smi` lists the processes). End them, or close sessions."
             if device_full
@@ -116,7 +119,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
         names = (
             "requested", "active", "idle", "reserved", "limit", "needed_limit", "device_free", "holders",
-            "device_full",
+            "device_full", "refusal",
         )  # fmt: skip
         again = partial(type(self), **{name: getattr(self, name) for name in names})
         return again, (), {"sequence": self.sequence, "thread": self.thread}

@@ -52,6 +52,8 @@ void report(const char* what, std::size_t bytes) noexcept {
                std::strerror(errno));
 }
 
+constexpr int frozen_seals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+
 Address to_address(const void* pointer) noexcept { return reinterpret_cast<Address>(pointer); }
 void* to_pointer(Address address) noexcept { return reinterpret_cast<void*>(address); }
 
@@ -118,7 +120,38 @@ ChunkHandle HostMemory::do_create(std::size_t bytes) {
   return {offset, bytes};
 }
 
+ChunkHandle HostMemory::do_create_shared(std::size_t bytes) {
+  int descriptor = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+  if (descriptor < 0 && errno == EINVAL) descriptor = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (descriptor < 0) fail("creating " + amount(bytes) + " of shared memory (memfd_create)", errno);
+  if (ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) {
+    const int error = errno;
+    close(descriptor);
+    fail("creating " + amount(bytes) + " of shared memory (ftruncate)", error);
+  }
+  return {0, bytes, descriptor};
+}
+
+ChunkHandle HostMemory::do_adopt(int descriptor, std::size_t bytes) {
+  struct stat status{};
+  if (fstat(descriptor, &status) != 0) {
+    fail("looking at file descriptor " + std::to_string(descriptor) + " (fstat)", errno);
+  }
+  // A shorter file, or one that can still shrink, would kill whoever reads behind its end (SIGBUS).
+  const int seals = fcntl(descriptor, F_GET_SEALS);
+  if (static_cast<std::size_t>(status.st_size) != bytes || seals < 0 || (seals & frozen_seals) != frozen_seals) {
+    throw DriverError("taking over " + amount(bytes) + " of shared memory failed: what came is " +
+                      (seals < 0 ? std::string("no memory file") : "a memory file of " + amount(status.st_size)) +
+                      ", where one of that size was expected that nobody can change any more");
+  }
+  return {0, bytes, descriptor};
+}
+
 void HostMemory::do_destroy(ChunkHandle handle) noexcept {
+  if (handle.descriptor >= 0) {
+    close(handle.descriptor);
+    return;
+  }
   int result = 0;
   do {
     result = fallocate(descriptor_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(handle.value),
@@ -142,10 +175,15 @@ void HostMemory::do_destroy(ChunkHandle handle) noexcept {
   }
 }
 
-void HostMemory::do_map(Address address, ChunkHandle handle) {
+void HostMemory::do_map(Address address, ChunkHandle handle, Access access) {
   void* target = to_pointer(address);
-  if (mmap(target, handle.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, descriptor_,
-           static_cast<off_t>(handle.value)) == MAP_FAILED) {
+  const int descriptor = handle.descriptor >= 0 ? handle.descriptor : descriptor_;
+  // Linux before 6.7 refuses to map a sealed file as shared even for reading; nobody writes to the private mapping, so
+  // its pages are the file's all the same.
+  const bool writable = access == Access::read_write;
+  if (mmap(target, handle.bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ,
+           (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_FIXED, descriptor, static_cast<off_t>(handle.value)) ==
+      MAP_FAILED) {
     fail("mapping " + amount(handle.bytes) + " of the host pool (mmap)", errno);
   }
   if (madvise(target, handle.bytes, MADV_DONTFORK) != 0) {
@@ -171,6 +209,17 @@ void HostMemory::do_protect(Address address, std::size_t bytes, Access access) {
   if (access == Access::read_write) protection = PROT_READ | PROT_WRITE;
   if (mprotect(to_pointer(address), bytes, protection) != 0) {
     fail("changing the access to " + amount(bytes) + " of the host pool (mprotect)", errno);
+  }
+}
+
+void HostMemory::do_freeze(ChunkHandle handle, std::span<const Address> addresses) {
+  if (handle.descriptor < 0) {
+    for (const Address address : addresses) do_protect(address, handle.bytes, Access::read_only);
+    return;
+  }
+  for (const Address address : addresses) do_map(address, handle, Access::read_only);  // over the writable mapping
+  if (fcntl(handle.descriptor, F_ADD_SEALS, frozen_seals) != 0) {
+    fail("sealing " + amount(handle.bytes) + " of shared memory (F_ADD_SEALS)", errno);
   }
 }
 
@@ -202,12 +251,6 @@ void HostMemory::do_fill(Address address, std::size_t bytes, unsigned char value
 
 void HostMemory::do_read(void* target, Address source, std::size_t bytes) {
   std::memcpy(target, to_pointer(source), bytes);
-}
-
-int HostMemory::do_export(ChunkHandle handle) {
-  throw DriverError(
-      "exporting " + amount(handle.bytes) +
-      " of the host pool failed: its chunks are parts of one file that holds every tensor of the process");
 }
 
 }  // namespace glake

@@ -38,15 +38,17 @@ class HostMemory final : public VirtualMemory {
   Address do_reserve(std::size_t bytes) override;
   void do_release(Address address, std::size_t bytes) noexcept override;
   ChunkHandle do_create(std::size_t bytes) override;
+  ChunkHandle do_create_shared(std::size_t bytes) override;
+  ChunkHandle do_adopt(int descriptor, std::size_t bytes) override;
   void do_destroy(ChunkHandle handle) noexcept override;
-  void do_map(Address address, ChunkHandle handle) override;
+  void do_map(Address address, ChunkHandle handle, Access access) override;
+  void do_freeze(ChunkHandle handle, std::span<const Address> addresses) override;
   void do_unmap(Address address, std::size_t bytes) noexcept override;
   void do_protect(Address address, std::size_t bytes, Access access) override;
   Address do_map_file(int descriptor, std::size_t bytes, Address address) override;
   void do_unmap_file(Address address, std::size_t bytes) noexcept override;
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
   void do_read(void* target, Address source, std::size_t bytes) override;
-  int do_export(ChunkHandle handle) override;
 
   int descriptor_ = -1;
   std::uint64_t file_bytes_ = 0;                  // the memfd's length: it only grows, holes cost nothing

@@ -1,6 +1,7 @@
 // _native: the Python face of the native core. Python's own Pool (pool.py) is a handle over it.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -76,6 +77,7 @@ nb::dict stats(Pool& pool) {
   fields["weights"] = stats.weights;
   fields["mapped_files"] = stats.mapped_files;
   fields["unused_weights"] = stats.unused_weights;
+  fields["shared"] = stats.shared;
   fields["allocations"] = stats.allocations;
   fields["deallocations"] = stats.deallocations;
   fields["chunks"] = stats.chunks;
@@ -86,6 +88,44 @@ nb::dict stats(Pool& pool) {
   fields["stitches"] = stats.stitches;
   fields["driver_calls"] = stats.driver_calls;
   return fields;
+}
+
+bool is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+void share(Pool& pool, nb::object grower, int gone_event) {
+  Pool::Grower asks;
+  if (!grower.is_none()) {
+    // The native pool may outlive the interpreter.
+    const std::shared_ptr<PyObject> kept(grower.release().ptr(), [](PyObject* object) {
+      if (Py_IsInitialized() == 0 || is_finalizing()) return;
+      const nb::gil_scoped_acquire locked;
+      Py_DECREF(object);
+    });
+    asks = [kept](std::size_t quota, bool full) -> std::string {
+      if (Py_IsInitialized() == 0 || is_finalizing()) return "the process is ending.";
+      const nb::gil_scoped_acquire locked;
+      try {
+        return nb::cast<std::string>(nb::handle(kept.get())(quota, full));
+      } catch (const nb::python_error& error) {
+        return error.what();
+      }
+    };
+  }
+  const nb::gil_scoped_release unlocked;
+  pool.share(std::move(asks), gone_event);
+}
+
+Weights::Kind parse_kind(const std::string& kind) {
+  if (kind == "file") return Weights::Kind::file;
+  if (kind == "shared") return Weights::Kind::shared;
+  if (kind == "memory") return Weights::Kind::memory;
+  throw nb::value_error("kind: expected 'memory', 'file' or 'shared'");
 }
 
 // Lets Ctrl-C end a wait.
@@ -218,15 +258,15 @@ NB_MODULE(_native, module) {
       .def(
           "place_weights",
           [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id, bool>>& pieces,
-             bool files) {
+             const std::string& kind) {
             std::vector<Weights::Piece> parsed;
             for (const auto& [bytes, requested, shared, adds] : pieces) {
               parsed.push_back({bytes, requested, shared, adds});
             }
-            const auto place = self.place_weights(parsed, files ? Weights::Kind::file : Weights::Kind::memory);
+            const auto place = self.place_weights(parsed, parse_kind(kind));
             return std::make_tuple(place.region, place.address, place.chunks);
           },
-          "pieces"_a, "files"_a,
+          "pieces"_a, "kind"_a,
           "(bytes, bytes of weights in it, a chunk to share or 0, whether beside others' weights) each.", Unlocked())
       .def("remove_region", &Pool::remove_region, "region"_a, Unlocked())
       .def("resident_in", &Pool::resident_in, "region"_a, Unlocked())
@@ -243,9 +283,40 @@ NB_MODULE(_native, module) {
           "begin_use", [](Pool& self, Weights::Id user) { return self.begin_use(user, &check_signals); }, "user"_a,
           "Returns the chunks to load.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
+      .def("size_of", &Pool::size_of, "chunk"_a, Unlocked())
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
       .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
       .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())
+      .def("make", &Pool::make, "chunk"_a, Unlocked())
+      .def("unmake", &Pool::unmake, "chunk"_a, Unlocked())
+      .def("freeze", &Pool::freeze, "chunk"_a, Unlocked())
+      .def("adopt", &Pool::adopt, "chunk"_a, "descriptor"_a, Unlocked())
+      .def("descriptor", &Pool::descriptor, "chunk"_a, Unlocked())
+      .def(
+          "take_gone",
+          [](Pool& self) {
+            std::vector<std::pair<Weights::Id, bool>> gone;
+            for (const Weights::Gone& each : self.take_gone()) gone.emplace_back(each.chunk, each.drop);
+            return gone;
+          },
+          "(chunk, whether its memory is to go) each.", Unlocked())
+      .def(
+          "offers",
+          [](const Pool& self) {
+            std::vector<std::tuple<Weights::Id, bool, int, double>> offers;
+            for (const Weights::Offer& each : self.offers()) {
+              offers.emplace_back(each.chunk, each.awake, each.priority, each.idle_seconds);
+            }
+            return offers;
+          },
+          "(chunk, awake, priority, idle seconds) each.", Unlocked())
+      .def("shared_busy", &Pool::shared_busy, Unlocked())
+      .def(
+          "give_up", [](Pool& self, const std::vector<Weights::Id>& chunks) { return self.give_up(chunks); },
+          "chunks"_a, Unlocked())
+      .def("share", &share, "grower"_a.none(), "gone_event"_a,
+           nb::sig("def share(self, grower: Callable[[int, bool], str] | None, gone_event: int) -> None"))
+      .def("set_quota", &Pool::set_quota, "quota"_a, Unlocked())
       .def(
           "loaded",
           [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.loaded(user, chunks); },

@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <memory>
@@ -115,15 +116,33 @@ void bind_devices(nb::module_& module) {
           "create", [](VirtualMemory& self, std::size_t bytes) { return self.create(bytes).value; }, "size"_a,
           Unlocked())
       .def(
+          "create_shared",
+          [](VirtualMemory& self, std::size_t bytes) {
+            const glake::ChunkHandle made = self.create_shared(bytes);
+            return std::make_tuple(made.value, made.descriptor);
+          },
+          "size"_a, "Returns the handle and its descriptor.", Unlocked())
+      .def(
+          "adopt", [](VirtualMemory& self, int descriptor, std::size_t bytes) { return self.adopt(descriptor, bytes).value; },
+          "descriptor"_a, "size"_a, Unlocked())
+      .def(
           "destroy",
-          [](VirtualMemory& self, std::uint64_t handle, std::size_t bytes) { self.destroy({handle, bytes}); },
-          "handle"_a, "size"_a, Unlocked())
+          [](VirtualMemory& self, std::uint64_t handle, std::size_t bytes, int descriptor) {
+            self.destroy({handle, bytes, descriptor});
+          },
+          "handle"_a, "size"_a, "descriptor"_a = -1, Unlocked())
       .def(
           "map",
-          [](VirtualMemory& self, Address address, std::uint64_t handle, std::size_t bytes) {
-            self.map(address, {handle, bytes});
+          [](VirtualMemory& self, Address address, std::uint64_t handle, std::size_t bytes, int descriptor,
+             const std::string& access) {
+            self.map(address, {handle, bytes, descriptor}, parse_access(access));
           },
-          "address"_a, "handle"_a, "size"_a, Unlocked())
+          "address"_a, "handle"_a, "size"_a, "descriptor"_a = -1, "access"_a = "read_write", Unlocked())
+      .def(
+          "freeze",
+          [](VirtualMemory& self, std::uint64_t handle, std::size_t bytes, int descriptor,
+             const std::vector<Address>& addresses) { self.freeze({handle, bytes, descriptor}, addresses); },
+          "handle"_a, "size"_a, "descriptor"_a, "addresses"_a, Unlocked())
       .def("unmap", &VirtualMemory::unmap, "address"_a, "size"_a, Unlocked())
       .def(
           "protect",
@@ -149,22 +168,14 @@ void bind_devices(nb::module_& module) {
             return nb::bytes(data.data(), data.size());
           },
           "address"_a, "size"_a)
-      .def(
-          "export_descriptor",
-          [](VirtualMemory& self, std::uint64_t handle, std::size_t bytes) {
-            return self.export_descriptor({handle, bytes});
-          },
-          "handle"_a, "size"_a, Unlocked())
       .def("streams", &VirtualMemory::streams, nb::rv_policy::reference_internal,
            nb::sig("def streams(self) -> StreamOrder | None"))
       .def("inject_failure", &VirtualMemory::inject_failure, "n"_a, "times"_a = 1);
 
   module.def(
       "cuda_memory",
-      [](int device, bool exportable) -> std::unique_ptr<VirtualMemory> {
-        return std::make_unique<glake::CudaMemory>(device, glake::CudaMemory::Options{exportable});
-      },
-      "device"_a, "exportable"_a = false, Unlocked(), "For tests: the memory of a CUDA device, without a pool.");
+      [](int device) -> std::unique_ptr<VirtualMemory> { return std::make_unique<glake::CudaMemory>(device); },
+      "device"_a, Unlocked(), "For tests: the memory of a CUDA device, without a pool.");
   module.def(
       "host_memory", []() -> std::unique_ptr<VirtualMemory> { return std::make_unique<glake::HostMemory>(); },
       "For tests: host memory, without a pool.");

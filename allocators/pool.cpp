@@ -1,10 +1,14 @@
 #include "pool.hpp"
 
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
+#include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -59,6 +63,7 @@ class Pool::Operation {
 Pool::Pool(std::unique_ptr<VirtualMemory> memory, std::size_t limit, PoolOptions options)
     : always_verify_(std::getenv("GLAKE_CHECK_INVARIANTS") != nullptr),
       options_(options),
+      limit_(limit),
       memory_(std::move(memory)),
       order_(memory_->streams()),
       fences_(order_),
@@ -270,7 +275,7 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     try {
       if (Range* range = acquire_once(heap, bytes)) return range;
     } catch (const DeviceFullError&) {
-      if (resident_.evict(bytes) == 0) throw;
+      if (resident_.evict(bytes, true) == 0) throw;
       continue;
     }
     if (bytes > chunks_.limit()) return nullptr;
@@ -309,6 +314,71 @@ Range* Pool::acquire_once(Heap& heap, std::size_t bytes) {
   }
 }
 
+// What may be reserved while so much of it is shared.
+std::size_t Pool::limit_with(std::size_t shared) const noexcept {
+  return std::min(limit_, quota_ > no_quota - shared ? no_quota : quota_ + shared);
+}
+
+bool Pool::quota_binds() const noexcept { return limit_with(shared_) < limit_; }
+
+// Asks the grower where a request found no room, and tries again.
+template <class Request>
+auto Pool::with_room(const Request& request) {
+  constexpr int most_attempts = 8;  // others may take what was granted
+  for (int attempt = 1;; ++attempt) {
+    try {
+      return request();
+    } catch (OutOfMemoryError& error) {
+      if (attempt > most_attempts) throw;
+      const std::optional<std::string> refusal = grow(error.record);
+      if (refusal && refusal->empty()) continue;
+      error.record.refusal = refusal.value_or("");
+      throw;
+    }
+  }
+}
+
+// Empty, or why there is no more; nothing where there is nobody to ask.
+std::optional<std::string> Pool::grow(const OutOfMemory& record) {
+  std::shared_ptr<const Grower> grower;
+  std::size_t quota = 0;
+  {
+    const Operation operation(*this);
+    if (!grower_ || record.needed_limit > limit_) return std::nullopt;
+    grower = grower_;
+    quota = record.needed_limit > shared_ ? record.needed_limit - shared_ : 0;
+    if (record.device_full) quota = std::max(quota, chunks_.reserved() - shared_ + record.requested);
+  }
+  return (*grower)(quota, record.device_full);
+}
+
+void Pool::share(Grower grower, int gone_event) {
+  std::shared_ptr<const Grower> asked = grower ? std::make_shared<const Grower>(std::move(grower)) : nullptr;
+  const Operation operation(*this);  // the old one is destroyed without the lock: it may take the interpreter's
+  if (debug_ && asked) throw LimitTooLow(0, debug_->active());
+  grower_.swap(asked);
+  resident_.tell_gone(gone_event);
+  quota_ = grower_ ? chunks_.reserved() - shared_ : no_quota;
+  chunks_.set_limit(limit_with(shared_));
+  resident_changed_.notify_all();
+}
+
+std::size_t Pool::set_quota(std::size_t quota) {
+  const Operation operation(*this);
+  const auto own = [&] { return chunks_.reserved() - shared_; };
+  if (own() > quota) {
+    collect_graphs();
+    flush_all();
+    chunks_.give_back(own() - quota, false);
+    if (own() > quota) resident_.drop_unused(own() - quota);
+  }
+  quota_ = std::max(quota, own());
+  chunks_.set_limit(limit_with(shared_));
+  resident_changed_.notify_all();
+  verify();
+  return quota_;
+}
+
 void Pool::unpin(std::size_t bytes) noexcept {
   if (debug_) {
     debug_->unpin(bytes);
@@ -324,6 +394,10 @@ void Pool::hold(std::uint32_t holder, std::size_t bytes) {
 
 Address Pool::allocate(std::size_t bytes, Tag tag, StreamHandle stream) {
   if (bytes == 0) return 0;
+  return with_room([&] { return allocate_once(bytes, tag, stream); });
+}
+
+Address Pool::allocate_once(std::size_t bytes, Tag tag, StreamHandle stream) {
   if (!debugging()) [[likely]] {
     const Operation operation(*this);
     if (!debug_) [[likely]]
@@ -550,7 +624,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
-  while (!reserve(pages)) {
+  while (!reserve(pages, false)) {
     if (resident_.evict(pages) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
@@ -615,23 +689,38 @@ void Pool::set_limit(std::size_t limit) {
     chunks_.give_back(chunks_.reserved() - limit, false);
     if (chunks_.reserved() > limit) throw LimitTooLow(limit, chunks_.reserved());
   }
-  chunks_.set_limit(limit);
+  limit_ = limit;
+  chunks_.set_limit(limit_with(shared_));
   resident_changed_.notify_all();
   verify();
 }
 
-bool Pool::reserve(std::size_t bytes) {
+bool Pool::reserve(std::size_t bytes, bool shared) {
   if (debug_) return debug_->pin(bytes);
-  if (chunks_.pin(bytes)) return true;
-  collect_graphs();
-  flush_all();
-  return chunks_.pin(bytes);
+  if (shared) chunks_.set_limit(limit_with(shared_ + bytes));
+  bool fits = chunks_.pin(bytes);
+  if (!fits) {
+    collect_graphs();
+    flush_all();
+    fits = chunks_.pin(bytes);
+  }
+  if (shared && fits) shared_ += bytes;
+  if (shared && !fits) chunks_.set_limit(limit_with(shared_));
+  return fits;
 }
 
-std::size_t Pool::excess(std::size_t bytes) {
+void Pool::unreserve(std::size_t bytes, bool shared) noexcept {
+  unpin(bytes);
+  if (!shared || debug_) return;
+  shared_ -= bytes;
+  chunks_.set_limit(limit_with(shared_));
+}
+
+std::size_t Pool::excess(std::size_t bytes, std::size_t shared) {
+  const std::size_t limit = limit_with(shared_ + shared);
   const auto over = [&] {
     const std::size_t needed = plus(debug_ ? debug_->active() : in_use(), bytes);
-    return needed > chunks_.limit() ? needed - chunks_.limit() : 0;
+    return needed > limit ? needed - limit : 0;
   };
   if (over() != 0 && !debug_) {
     collect_graphs();
@@ -716,6 +805,10 @@ void Pool::wait_for_change(std::unique_lock<std::mutex>& lock, const std::functi
 }
 
 std::vector<Weights::Id> Pool::begin_use(Weights::Id user, const std::function<void()>& poll) {
+  return with_room([&] { return begin_use_once(user, poll); });
+}
+
+std::vector<Weights::Id> Pool::begin_use_once(Weights::Id user, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);
   const auto asked = Weights::Clock::now();
@@ -768,6 +861,11 @@ Address Pool::address_of(Weights::Id chunk) const {
   return resident_.address(chunk);
 }
 
+std::size_t Pool::size_of(Weights::Id chunk) const {
+  const Operation operation(*this);
+  return resident_.bytes(chunk);
+}
+
 Address Pool::begin_writing(Weights::Id chunk) {
   const Operation operation(*this);
   return resident_.begin_writing(chunk);
@@ -781,6 +879,67 @@ void Pool::end_writing(Weights::Id chunk, Address address) {
 void Pool::map_weights(Weights::Id chunk, int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   resident_.map_file(chunk, descriptor, bytes);
+}
+
+void Pool::make(Weights::Id chunk) {
+  const Operation operation(*this);
+  try {
+    resident_.make(chunk);
+  } catch (const DeviceFullError&) {
+    const std::size_t bytes = resident_.bytes(chunk);
+    throw_out_of_memory(bytes, nullptr, bytes, true);
+  }
+  verify();
+}
+
+void Pool::unmake(Weights::Id chunk) {
+  const Operation operation(*this);
+  resident_.unmake(chunk);
+  verify();
+}
+
+void Pool::freeze(Weights::Id chunk) {
+  const Operation operation(*this);
+  resident_.freeze(chunk);
+}
+
+void Pool::adopt(Weights::Id chunk, int descriptor) {
+  const Operation operation(*this);
+  resident_.adopt(chunk, descriptor);
+  verify();
+}
+
+int Pool::descriptor(Weights::Id chunk) const {
+  const Operation operation(*this);
+  const int copy = fcntl(resident_.descriptor(chunk), F_DUPFD_CLOEXEC, 0);
+  if (copy < 0) {
+    throw DriverError(std::string("copying a descriptor of shared memory failed: ") + std::strerror(errno) +
+                      ". Raise `ulimit -n` where too many files are open.");
+  }
+  return copy;
+}
+
+std::vector<Weights::Gone> Pool::take_gone() {
+  const Operation operation(*this);
+  return resident_.take_gone();
+}
+
+std::vector<Weights::Offer> Pool::offers() const {
+  const Operation operation(*this);
+  return resident_.offers();
+}
+
+std::size_t Pool::shared_busy() const {
+  const Operation operation(*this);
+  return resident_.shared_busy();
+}
+
+std::vector<Weights::Id> Pool::give_up(std::span<const Weights::Id> chunks) {
+  const Operation operation(*this);
+  std::vector<Weights::Id> done = resident_.give_up(chunks);
+  resident_changed_.notify_all();
+  verify();
+  return done;
 }
 
 void Pool::loaded(Weights::Id user, std::span<const Weights::Id> chunks) {
@@ -851,7 +1010,8 @@ PoolStats Pool::stats() {
   stats.peak_reserved = chunks_.peak_reserved();
   stats.requested = usage_.requested;
   stats.peak_requested = usage_.peak_requested;
-  stats.limit = chunks_.limit();
+  stats.limit = limit_;
+  stats.shared = shared_;
   stats.weights = file_bytes_;
   stats.mapped_files = file_bytes_ + resident_.files();
   stats.unused_weights = resident_.reserved() - resident_.active();
@@ -986,7 +1146,7 @@ void Pool::throw_out_of_memory(std::size_t requested, const Heap* heap, std::siz
   record.active = usage_.active;
   record.idle = chunks_.reserved() - usage_.active;
   record.reserved = chunks_.reserved();
-  record.limit = chunks_.limit();
+  record.limit = limit_;
   if (debug_) {
     record.active = debug_->active();
     record.reserved = debug_->reserved();
@@ -1016,6 +1176,7 @@ void Pool::check_locked() const {
   chunks_.check_invariants();
   resident_.check_invariants();
   require(chunks_.pinned() == file_bytes_ + resident_.reserved(), "files and weights are reserved");
+  require(shared_ == resident_.shared() && chunks_.limit() == limit_with(shared_), "shared weights are counted");
   std::size_t active = file_bytes_ + resident_.active();
   std::size_t requested = resident_.requested();
   std::size_t steps = 0;

@@ -16,9 +16,12 @@
 //   reserved   the physical memory that the pool holds. (On the host a page that was never touched costs nothing
 //              yet, so reserved is an upper bound.)
 //   limit      a hard budget over everything reserved
+//   quota      what other processes leave to this one: a budget over what is reserved and not shared with them. There is
+//              none unless a grower asks for more when it is used up (share())
+//   shared     weights in memory that other processes have too (weights.hpp)
 //
 // Invariants (check_invariants() verifies each of them)
-//   reserved <= limit;  requested <= active <= reserved
+//   reserved <= limit;  reserved - shared <= quota;  requested <= active <= reserved
 //   every chunk is used through at most one of its mappings; the idle lists hold exactly the chunks that are not used
 //   every byte of a range is mapped exactly once, and no two ranges overlap
 //   a chunk counts exactly the bytes that ranges in use (and cached ones) hold in it
@@ -36,7 +39,8 @@
 //        reserved more than 3 % and 16 MiB above that demand, idle chunks that cannot serve are given back; where it
 //        would exceed the limit, too
 //     4. weights that may go make room (weights.hpp), and it is tried again
-//     5. OutOfMemory: the chunks in use and those that are missing exceed the limit
+//     5. where the quota is in the way, or the device is full: the grower is asked, without the lock, and it is tried again
+//     6. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
 // Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
 // chunks move to other arenas, behind a fence (fences.hpp). Memory without a stream is reused when the device has
@@ -61,6 +65,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -113,6 +118,7 @@ struct PoolStats {
   std::size_t weights = 0;          // weights as asked for, and the mapped files
   std::size_t mapped_files = 0;     // the part of weights that is files
   std::size_t unused_weights = 0;   // the part of idle that is weights which no model has any more
+  std::size_t shared = 0;           // the part of reserved that other processes may have too
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
   std::size_t chunks = 0;           // count
@@ -141,6 +147,7 @@ struct OutOfMemory {
   std::size_t needed_limit = 0;  // the smallest limit with which it would have passed
   std::size_t device_free = 0;   // bytes that the device could still give
   bool device_full = false;      // the limit has room, but the device has none
+  std::string refusal;           // why the grower gave no more
   std::vector<Holder> holders;   // largest first
 };
 
@@ -215,7 +222,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
 
   // Weights that come and go at addresses that stay: see weights.hpp, whose functions these are. A use begins when
   // begin_use() returns, and it waits for room, and for chunks that other threads load. Besides what is said there they
-  // throw ForkedProcess, and begin_use() OutOfMemoryError.
+  // throw ForkedProcess, and begin_use() and make() OutOfMemoryError.
   [[nodiscard]] Weights::Placement place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind);
   void remove_region(Weights::Id region);
   [[nodiscard]] std::size_t resident_in(Weights::Id region) const;
@@ -226,9 +233,19 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   // `poll` is called now and then while it waits, without the lock; if it throws, the wait ends so.
   [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
+  [[nodiscard]] std::size_t size_of(Weights::Id chunk) const;
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
   void end_writing(Weights::Id chunk, Address address);
   void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);
+  void make(Weights::Id chunk);
+  void unmake(Weights::Id chunk);
+  void freeze(Weights::Id chunk);
+  void adopt(Weights::Id chunk, int descriptor);
+  [[nodiscard]] int descriptor(Weights::Id chunk) const;  // a duplicate, which is the caller's
+  [[nodiscard]] std::vector<Weights::Gone> take_gone();
+  [[nodiscard]] std::vector<Weights::Offer> offers() const;
+  [[nodiscard]] std::size_t shared_busy() const;
+  [[nodiscard]] std::vector<Weights::Id> give_up(std::span<const Weights::Id> chunks);
   void loaded(Weights::Id user, std::span<const Weights::Id> chunks);
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);
   void end_use(Weights::Id user);
@@ -241,6 +258,13 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::size_t trim(std::size_t target = 0);
   // Gives idle chunks back as needed, and weights that may go. Throws LimitTooLow, with the old limit in force.
   void set_limit(std::size_t limit);
+  // From now on the pool has a quota, at first of what it has reserved itself. `grower` is called, without the lock, from
+  // any thread, when a request needs a quota of so many bytes (set_quota), or more room on the device (full); it returns
+  // why not, or nothing. `gone_event`: see Weights::tell_gone. Empty: no quota any more. Throws LimitTooLow in debug mode.
+  using Grower = std::function<std::string(std::size_t quota, bool full)>;
+  void share(Grower grower, int gone_event);
+  // Gives idle memory back as far as needed; returns the quota then, which is not below what is in use.
+  std::size_t set_quota(std::size_t quota);
   // Changes the options. Throws LimitTooLow, with nothing changed, where memory is in use and debug would change.
   void configure(PoolOptions options);
   // While this is on, another library may be capturing a CUDA graph on a stream that the pool has never seen: the
@@ -280,9 +304,10 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] Range* acquire_once(Heap& heap, std::size_t bytes);
 
   // WeightBudget
-  [[nodiscard]] bool reserve(std::size_t bytes) override;
-  void unreserve(std::size_t bytes) noexcept override { unpin(bytes); }
-  [[nodiscard]] std::size_t excess(std::size_t bytes) override;
+  [[nodiscard]] bool reserve(std::size_t bytes, bool shared) override;
+  void unreserve(std::size_t bytes, bool shared) noexcept override;
+  [[nodiscard]] std::size_t excess(std::size_t bytes, std::size_t shared) override;
+  [[nodiscard]] bool quota_binds() const noexcept override;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
   void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;
@@ -297,6 +322,11 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void flush_all() noexcept;
   [[nodiscard]] Budget budget(std::size_t bytes) const noexcept;
   [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
+  [[nodiscard]] std::size_t limit_with(std::size_t shared) const noexcept;
+  template <class Request>
+  auto with_room(const Request& request);
+  [[nodiscard]] std::optional<std::string> grow(const OutOfMemory& record);
+  [[nodiscard]] std::vector<Weights::Id> begin_use_once(Weights::Id user, const std::function<void()>& poll);
 
   struct Found {
     Range* range = nullptr;  // that was handed out, or the slab's
@@ -311,6 +341,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   };
   [[nodiscard]] Recent& recent(Address address) noexcept { return recent_[address * 0x9E3779B97F4A7C15U >> 57]; }
   [[nodiscard]] Found find(Address address);
+  [[nodiscard]] Address allocate_once(std::size_t bytes, Tag tag, StreamHandle stream);
   [[nodiscard]] Address allocate_now(std::size_t bytes, Tag tag, StreamHandle stream);
   [[nodiscard]] Address allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream, std::string stack);
   void deallocate_now(Address address, StreamHandle stream);
@@ -332,6 +363,11 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   PoolOptions options_;
   std::atomic<bool> debugging_ = false;  // options_.debug, for who does not hold the lock
   mutable std::mutex mutex_;
+  std::size_t limit_;  // chunks_ has the smaller one of this, and of what quota and shared memory allow
+  std::size_t quota_ = no_quota;
+  std::size_t shared_ = 0;
+  std::shared_ptr<const Grower> grower_;
+  static constexpr std::size_t no_quota = ~std::size_t{0};
   std::unique_ptr<VirtualMemory> memory_;
   StreamOrder* const order_;  // null where there are no streams
   Fences fences_;

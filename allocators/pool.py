@@ -57,6 +57,7 @@ class PoolStats:
         mapped_files: the part of `weights` that is mapped from files.
         unused_weights: the part of `idle` that is weights which no model has any more: the first to go where room is
             needed.
+        shared: the part of `reserved` that is weights in a broker's memory: other processes may have it too.
         allocations: count of successful allocations.
         deallocations: count of successful deallocations.
         chunks: count of pieces of physical memory.
@@ -79,6 +80,7 @@ class PoolStats:
     weights: int
     mapped_files: int
     unused_weights: int
+    shared: int
     allocations: int
     deallocations: int
     chunks: int

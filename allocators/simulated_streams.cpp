@@ -366,8 +366,11 @@ class SimulatedDevice final : public VirtualMemory {
   Address do_reserve(std::size_t bytes) override { return host_.reserve(bytes); }
   void do_release(Address address, std::size_t bytes) noexcept override { host_.release(address, bytes); }
   ChunkHandle do_create(std::size_t bytes) override { return host_.create(bytes); }
+  ChunkHandle do_create_shared(std::size_t bytes) override { return host_.create_shared(bytes); }
+  ChunkHandle do_adopt(int descriptor, std::size_t bytes) override { return host_.adopt(descriptor, bytes); }
   void do_destroy(ChunkHandle handle) noexcept override { host_.destroy(handle); }
-  void do_map(Address address, ChunkHandle handle) override { host_.map(address, handle); }
+  void do_map(Address address, ChunkHandle handle, Access access) override { host_.map(address, handle, access); }
+  void do_freeze(ChunkHandle handle, std::span<const Address> addresses) override { host_.freeze(handle, addresses); }
   void do_unmap(Address address, std::size_t bytes) noexcept override { host_.unmap(address, bytes); }
   void do_protect(Address address, std::size_t bytes, Access access) override { host_.protect(address, bytes, access); }
   Address do_map_file(int descriptor, std::size_t bytes, Address address) override {
@@ -379,7 +382,6 @@ class SimulatedDevice final : public VirtualMemory {
     streams_->enqueue_fill(stream, address, bytes, value, 0);
   }
   void do_read(void* target, Address source, std::size_t bytes) override { host_.read(target, source, bytes); }
-  int do_export(ChunkHandle handle) override { return host_.export_descriptor(handle); }
 
   std::shared_ptr<SimulatedStreams> streams_;
   HostMemory host_;

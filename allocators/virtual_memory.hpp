@@ -36,6 +36,7 @@ using Address = std::uintptr_t;
 struct ChunkHandle {
   std::uint64_t value = 0;
   std::size_t bytes = 0;
+  int descriptor = -1;  // of memory that processes share: it belongs to the handle (host: a memfd of its own)
 };
 
 enum class Access { none, read_only, read_write };
@@ -94,16 +95,34 @@ class VirtualMemory {
     count("create", bytes);
     return do_create(bytes);
   }
-  // Gives physical memory back to the device. It must not be mapped anywhere.
+  // Creates physical memory that other processes of the same user can map: with the handle's descriptor.
+  [[nodiscard]] ChunkHandle create_shared(std::size_t bytes) {
+    count("create_shared", bytes);
+    return do_create_shared(bytes);
+  }
+  // Physical memory of exactly that size that another process created and froze. The descriptor becomes the handle's;
+  // after an error it is still the caller's.
+  [[nodiscard]] ChunkHandle adopt(int descriptor, std::size_t bytes) {
+    count("adopt", bytes);
+    return do_adopt(descriptor, bytes);
+  }
+  // Gives physical memory back to the device. It must not be mapped anywhere. (Shared memory lives on while any process
+  // has a descriptor of it, or has it mapped.)
   void destroy(ChunkHandle handle) noexcept {
     if (begin_give_back()) do_destroy(handle);
   }
 
-  // Maps a whole chunk at an address inside a reserved range, for reading and writing.
-  void map(Address address, ChunkHandle handle) {
+  // Maps a whole chunk at an address inside a reserved range. A frozen one only for reading.
+  void map(Address address, ChunkHandle handle, Access access = Access::read_write) {
     count("map", handle.bytes);
-    do_map(address, handle);
+    do_map(address, handle, access);
     if (observer_ != nullptr) observer_->mapped(address, handle.bytes);
+  }
+  // Makes a chunk read-only at all the addresses at which it is mapped. Of shared memory on the host: for everybody and for
+  // good. After an error it may be so at some of them.
+  void freeze(ChunkHandle handle, std::span<const Address> addresses) {
+    count("freeze", handle.bytes);
+    do_freeze(handle, addresses);
   }
   // Removes every mapping in the range; its edges must be edges of mappings. The range stays reserved.
   void unmap(Address address, std::size_t bytes) noexcept {
@@ -138,13 +157,6 @@ class VirtualMemory {
     do_read(target, source, bytes);
   }
 
-  // A descriptor over a chunk (CUDA: a POSIX file descriptor of the handle) with which another process of the same
-  // user can map it. The caller closes it. Throws DriverError where chunks were not made exportable.
-  [[nodiscard]] int export_descriptor(ChunkHandle handle) {
-    count("export", handle.bytes);
-    return do_export(handle);
-  }
-
   // The order of the device's queued work; null where work is done when it returns (the host).
   [[nodiscard]] virtual StreamOrder* streams() noexcept { return nullptr; }
 
@@ -164,15 +176,17 @@ class VirtualMemory {
   virtual Address do_reserve(std::size_t bytes) = 0;
   virtual void do_release(Address address, std::size_t bytes) noexcept = 0;
   virtual ChunkHandle do_create(std::size_t bytes) = 0;
+  virtual ChunkHandle do_create_shared(std::size_t bytes) = 0;
+  virtual ChunkHandle do_adopt(int descriptor, std::size_t bytes) = 0;
   virtual void do_destroy(ChunkHandle handle) noexcept = 0;
-  virtual void do_map(Address address, ChunkHandle handle) = 0;
+  virtual void do_map(Address address, ChunkHandle handle, Access access) = 0;
+  virtual void do_freeze(ChunkHandle handle, std::span<const Address> addresses) = 0;
   virtual void do_unmap(Address address, std::size_t bytes) noexcept = 0;
   virtual void do_protect(Address address, std::size_t bytes, Access access) = 0;
   virtual Address do_map_file(int descriptor, std::size_t bytes, Address address) = 0;
   virtual void do_unmap_file(Address address, std::size_t bytes) noexcept = 0;
   virtual void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) = 0;
   virtual void do_read(void* target, Address source, std::size_t bytes) = 0;
-  virtual int do_export(ChunkHandle handle) = 0;
 
  private:
   void count(const char* call, std::size_t bytes) {
@@ -197,6 +211,7 @@ class VirtualMemory {
 class PhysicalMemory {
  public:
   PhysicalMemory(VirtualMemory& memory, std::size_t bytes) : memory_(&memory), handle_(memory.create(bytes)) {}
+  PhysicalMemory(VirtualMemory& memory, ChunkHandle handle) noexcept : memory_(&memory), handle_(handle) {}
   PhysicalMemory(PhysicalMemory&& other) noexcept
       : memory_(std::exchange(other.memory_, nullptr)), handle_(other.handle_) {}
   PhysicalMemory& operator=(PhysicalMemory&&) = delete;

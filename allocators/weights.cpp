@@ -1,6 +1,11 @@
 #include "weights.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -33,7 +38,7 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
     total = plus(total, piece.bytes);
     if (piece.shared == 0) continue;
     const Chunk& chunk = find(chunks_, piece.shared);
-    if (chunk.kind != Kind::memory || kind != Kind::memory || chunk.bytes != piece.bytes) {
+    if (chunk.kind != kind || kind == Kind::file || chunk.bytes != piece.bytes) {
       throw InvalidPointer("chunk " + std::to_string(piece.shared) + " cannot be mapped a second time here: it has " +
                            std::to_string(chunk.bytes) + " bytes");
     }
@@ -59,15 +64,10 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
         chunk.holder = holder;
         chunk.last_use = Clock::now();
       }
+      if (kind == Kind::shared) gone_.reserve(gone_.size() + 2 * chunks_.size());
       chunk.places.reserve(chunk.places.size() + 1);
-      if (chunk.state != State::absent) {
-        memory_.map(address, chunk.physical->handle());
-        try {
-          if (chunk.state == State::resident) memory_.protect(address, chunk.bytes, Access::read_only);
-        } catch (...) {
-          memory_.unmap(address, chunk.bytes);
-          throw;
-        }
+      if (chunk.mapped()) {
+        memory_.map(address, chunk.physical->handle(), chunk.frozen ? Access::read_only : Access::read_write);
       }
       chunk.places.push_back(address);
       placement.chunks.push_back(id);
@@ -93,7 +93,7 @@ void Weights::take_out(Region& region, std::size_t count) {
       make_absent(chunk);
       chunks_.erase(found);
     } else {
-      if (chunk.state != State::absent) memory_.unmap(address, chunk.bytes);
+      if (chunk.mapped()) memory_.unmap(address, chunk.bytes);
       std::erase(chunk.places, address);
       request(chunk, requested_of(chunk));
     }
@@ -257,14 +257,16 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
   if (user.missing != 0) {
     std::vector<Chunk*> absent;
     std::size_t bytes = 0;
+    std::size_t shared = 0;
     for (Chunk* chunk : user.chunks) {
       if (chunk->state == State::loading) return std::nullopt;
       if (chunk->state != State::absent) continue;
       absent.push_back(chunk);
       bytes = plus(bytes, chunk->bytes);
+      if (chunk->shared()) shared = plus(shared, chunk->bytes);
     }
     ++user.busy;  // so that nothing of it is evicted
-    const std::size_t excess = budget_.excess(bytes);
+    const std::size_t excess = budget_.excess(bytes, shared);
     if (excess > evictable()) {
       --user.busy;
       if (someone_else_is_busy(user)) return std::nullopt;
@@ -304,10 +306,11 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
 }
 
 void Weights::make_present(Chunk& chunk) {
-  while (!budget_.reserve(chunk.bytes)) {
+  while (!budget_.reserve(chunk.bytes, chunk.shared())) {
     if (evict(chunk.bytes) == 0) throw NoRoom{chunk.bytes};
   }
   reserved_ += chunk.bytes;
+  if (chunk.shared()) shared_ += chunk.bytes;
   std::size_t mapped = 0;
   try {
     if (chunk.kind == Kind::memory) {
@@ -315,7 +318,7 @@ void Weights::make_present(Chunk& chunk) {
         chunk.physical.emplace(memory_, chunk.bytes);
       } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
         budget_.give_back_idle();
-        evict(chunk.bytes);
+        evict(chunk.bytes, true);
         chunk.physical.emplace(memory_, chunk.bytes);
       }
       for (const Address address : chunk.places) {
@@ -330,20 +333,29 @@ void Weights::make_present(Chunk& chunk) {
     for (std::size_t i = 0; i < mapped; ++i) memory_.unmap(chunk.places[i], chunk.bytes);
     chunk.physical.reset();
     reserved_ -= chunk.bytes;
-    budget_.unreserve(chunk.bytes);
+    if (chunk.shared()) shared_ -= chunk.bytes;
+    budget_.unreserve(chunk.bytes, chunk.shared());
     throw;
   }
 }
 
 void Weights::clear(Chunk& chunk) noexcept {
-  if (chunk.state == State::absent) return;
+  chunk.frozen = false;
+  if (!chunk.mapped()) return;
   for (const Address address : chunk.places) memory_.unmap(address, chunk.bytes);
   chunk.physical.reset();
 }
 
 // The device has finished with it.
-void Weights::make_absent(Chunk& chunk) noexcept {
+void Weights::make_absent(Chunk& chunk, bool drop) noexcept {
   if (chunk.state == State::absent) return;
+  if (chunk.shared() && chunk.physical) {
+    if (gone_.empty() && gone_event_ >= 0) {
+      const std::uint64_t one = 1;
+      (void)!write(gone_event_, &one, sizeof one);
+    }
+    gone_.push_back({chunk.id, drop});
+  }
   clear(chunk);
   if (!chunk.users.empty()) deactivate(chunk);
   if (chunk.state == State::resident) {
@@ -351,7 +363,8 @@ void Weights::make_absent(Chunk& chunk) noexcept {
   }
   chunk.state = State::absent;
   reserved_ -= chunk.bytes;
-  budget_.unreserve(chunk.bytes);
+  if (chunk.shared()) shared_ -= chunk.bytes;
+  budget_.unreserve(chunk.bytes, chunk.shared());
 }
 
 void Weights::activate(Chunk& chunk) {
@@ -369,18 +382,96 @@ void Weights::deactivate(Chunk& chunk) noexcept {
 }
 
 void Weights::map_file(Id id, int descriptor, std::size_t bytes) {
-  Chunk& chunk = find(chunks_, id);
-  if (chunk.kind != Kind::file || chunk.state != State::loading || bytes > chunk.bytes) {
-    throw InvalidPointer("chunk " + std::to_string(id) + " is not one that a file can be mapped in now");
+  const Chunk& chunk = loading(id, Kind::file);
+  if (bytes > chunk.bytes) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " has " + std::to_string(chunk.bytes) + " bytes, and " +
+                         std::to_string(bytes) + " of a file do not fit");
   }
   (void)memory_.map_file(descriptor, bytes, chunk.places.front());
 }
 
+Weights::Chunk& Weights::loading(Id id, Kind kind) {
+  Chunk& chunk = find(chunks_, id);
+  if (chunk.kind != kind || chunk.state != State::loading || chunk.physical) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " is not one that can be filled in this way now");
+  }
+  return chunk;
+}
+
+void Weights::take(Chunk& chunk, PhysicalMemory physical, Access access) {
+  std::size_t mapped = 0;
+  try {
+    for (const Address address : chunk.places) {
+      memory_.map(address, physical.handle(), access);
+      ++mapped;
+    }
+  } catch (...) {
+    for (std::size_t i = 0; i < mapped; ++i) memory_.unmap(chunk.places[i], chunk.bytes);
+    throw;
+  }
+  chunk.physical.emplace(std::move(physical));
+}
+
+void Weights::make(Id id) {
+  Chunk& chunk = loading(id, Kind::shared);
+  const auto create = [&] { return PhysicalMemory(memory_, memory_.create_shared(chunk.bytes)); };
+  try {
+    take(chunk, create(), Access::read_write);
+  } catch (const DeviceFullError&) {
+    budget_.give_back_idle();
+    take(chunk, create(), Access::read_write);
+  }
+}
+
+void Weights::unmake(Id id) noexcept {
+  const auto found = chunks_.find(id);
+  if (found != chunks_.end() && found->second.shared() && found->second.state == State::loading) clear(found->second);
+}
+
+void Weights::freeze(Id id) {
+  Chunk& chunk = find(chunks_, id);
+  if (!chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " is not there");
+  if (chunk.frozen) return;
+  memory_.freeze(chunk.physical->handle(), chunk.places);
+  chunk.frozen = true;
+}
+
+void Weights::adopt(Id id, int descriptor) {
+  Chunk& chunk = loading(id, Kind::shared);
+  const int own = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+  if (own < 0) {
+    throw DriverError(std::string("keeping a descriptor of shared memory failed: ") + std::strerror(errno) +
+                      ". Raise `ulimit -n` where too many files are open.");
+  }
+  ChunkHandle handle;
+  try {
+    handle = memory_.adopt(own, chunk.bytes);
+  } catch (...) {
+    close(own);
+    throw;
+  }
+  take(chunk, PhysicalMemory(memory_, handle), Access::read_only);
+  chunk.frozen = true;
+}
+
+std::size_t Weights::bytes(Id chunk) const { return find(chunks_, chunk).bytes; }
+
+int Weights::descriptor(Id id) const {
+  const Chunk& chunk = find(chunks_, id);
+  if (!chunk.shared() || !chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " has no descriptor");
+  return chunk.physical->handle().descriptor;
+}
+
+std::vector<Weights::Gone> Weights::take_gone() {
+  std::vector<Gone> gone;
+  gone.reserve(gone_.capacity());  // for those to come
+  gone.swap(gone_);
+  return gone;
+}
+
 void Weights::loaded(Id, std::span<const Id> ids) {
   for (const Id id : ids) {
-    Chunk& chunk = find(chunks_, id);
-    if (chunk.kind != Kind::memory) continue;
-    for (const Address address : chunk.places) memory_.protect(address, chunk.bytes, Access::read_only);
+    if (find(chunks_, id).kind != Kind::file) freeze(id);
   }
   for (const Id id : ids) {
     Chunk& chunk = find(chunks_, id);
@@ -432,33 +523,75 @@ std::size_t Weights::suspend(Id id) {
   for (Chunk* chunk : user.chunks) {
     if (chunk->state != State::resident || needed(chunk)) continue;
     bytes += chunk->bytes;
-    make_absent(*chunk);
+    make_absent(*chunk, true);
   }
   return bytes;
 }
 
+// How important a chunk is: whether anybody awake has it, with what priority, and when it was used last.
+Weights::Offer Weights::rank(const Chunk& chunk, Clock::time_point now) noexcept {
+  std::tuple<bool, int, Clock::time_point> most{false, 0, chunk.last_use};
+  for (const User* user : chunk.users) {
+    if (user->awake) most = std::max(most, {true, user->priority, user->last_use});
+  }
+  const auto [awake, priority, last_use] = most;
+  return {chunk.id, awake, priority, std::chrono::duration<double>(now - last_use).count()};
+}
+
+std::vector<Weights::Offer> Weights::offers() const {
+  std::vector<Offer> offers;
+  const auto now = Clock::now();
+  for (const auto& [id, chunk] : chunks_) {
+    if (chunk.shared() && chunk.state == State::resident && may_go(chunk)) offers.push_back(rank(chunk, now));
+  }
+  return offers;
+}
+
+std::size_t Weights::shared_busy() const noexcept {
+  std::size_t bytes = 0;
+  for (const auto& [id, chunk] : chunks_) {
+    const bool used = std::any_of(chunk.users.begin(), chunk.users.end(), [](const User* u) { return u->busy != 0; });
+    if (chunk.shared() && chunk.physical && used) bytes += chunk.bytes;
+  }
+  return bytes;
+}
+
+std::vector<Weights::Id> Weights::give_up(std::span<const Id> ids) noexcept {
+  std::vector<Id> done;
+  try {
+    done.reserve(ids.size());
+    for (const Id id : ids) {
+      const auto found = chunks_.find(id);
+      if (found == chunks_.end()) continue;
+      Chunk& chunk = found->second;
+      if (!chunk.shared() || chunk.state != State::resident || !may_go(chunk) || !settle(chunk, false)) continue;
+      make_absent(chunk);
+      std::erase_if(gone_, [id](const Gone& gone) { return gone.chunk == id; });
+      done.push_back(id);
+    }
+  } catch (...) {  // no ordinary memory for the list
+  }
+  return done;
+}
+
 template <class Eligible>
-std::size_t Weights::drop(std::size_t bytes, const Eligible& eligible) noexcept {
-  // By importance: whether anybody awake has it, with what priority, and when it was used last.
-  using Rank = std::tuple<bool, int, Clock::time_point>;
+std::size_t Weights::drop(std::size_t bytes, bool for_good, const Eligible& eligible) noexcept {
   std::size_t done = 0;
   try {
-    std::vector<std::pair<Rank, Chunk*>> candidates;
+    std::vector<std::pair<Offer, Chunk*>> candidates;
+    const auto now = Clock::now();
     for (auto& [id, chunk] : chunks_) {
-      if (chunk.state != State::resident || !eligible(chunk)) continue;
-      Rank rank{false, 0, chunk.last_use};
-      for (const User* user : chunk.users) {
-        if (user->awake) rank = std::max(rank, Rank{true, user->priority, user->last_use});
-      }
-      candidates.emplace_back(rank, &chunk);
+      if (chunk.state == State::resident && eligible(chunk)) candidates.emplace_back(rank(chunk, now), &chunk);
     }
-    std::stable_sort(candidates.begin(), candidates.end(),
-                     [](const auto& a, const auto& b) { return a.first < b.first; });
+    std::stable_sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
+      return std::tuple(a.first.awake, a.first.priority, -a.first.idle_seconds) <
+             std::tuple(b.first.awake, b.first.priority, -b.first.idle_seconds);
+    });
     for (const auto& [rank, chunk] : candidates) {
       if (done >= bytes) break;
       if (!settle(*chunk, false)) continue;
       done += chunk->bytes;
-      make_absent(*chunk);
+      make_absent(*chunk, for_good);
     }
   } catch (...) {  // no ordinary memory for the list
   }
@@ -470,35 +603,45 @@ bool Weights::may_go(const Chunk& chunk) noexcept {
                      [](const User* user) { return user->busy == 0 && (!user->awake || user->evictable); });
 }
 
-std::size_t Weights::evict(std::size_t bytes) noexcept { return drop(bytes, &may_go); }
+std::size_t Weights::evict(std::size_t bytes, bool device_full) noexcept {
+  const bool keeps_shared = device_full || budget_.quota_binds();
+  return drop(bytes, false,
+              [keeps_shared](const Chunk& chunk) { return may_go(chunk) && !(chunk.shared() && keeps_shared); });
+}
 
 std::size_t Weights::evictable() const noexcept {
   std::size_t bytes = 0;
+  const bool keeps_shared = budget_.quota_binds();
   for (const auto& [id, chunk] : chunks_) {
+    if (chunk.shared() && keeps_shared) continue;
     if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;
   }
   return bytes;
 }
 
 std::size_t Weights::drop_unused(std::size_t bytes) noexcept {
-  return drop(bytes, [](const Chunk& chunk) { return chunk.users.empty(); });
+  return drop(bytes, true, [](const Chunk& chunk) { return chunk.users.empty(); });
 }
 
 void Weights::check_invariants() const {
   std::size_t reserved = 0;
   std::size_t active = 0;
   std::size_t requested = 0;
+  std::size_t shared = 0;
   for (const auto& [id, chunk] : chunks_) {
     require(!chunk.places.empty(), "every chunk of weights has an address");
-    require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical,
+    require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical ||
+                (chunk.shared() && chunk.state == State::loading),
             "a chunk of weights has memory exactly while it is not absent");
     if (chunk.state == State::absent) continue;
     reserved += chunk.bytes;
+    if (chunk.shared()) shared += chunk.bytes;
     if (chunk.users.empty()) continue;
     active += chunk.bytes;
     requested += chunk.requested;
   }
-  require(reserved == reserved_ && active == active_ && requested == requested_, "bytes of weights are counted");
+  require(reserved == reserved_ && active == active_ && requested == requested_ && shared == shared_,
+          "bytes of weights are counted");
   for (const auto& [id, user] : users_) {
     const auto missing = std::count_if(user.chunks.begin(), user.chunks.end(),
                                        [](const Chunk* chunk) { return chunk->state != State::resident; });

@@ -3,7 +3,9 @@
 // Words
 //   region   a reservation of addresses, cut into chunks that lie one behind the other
 //   chunk    a piece of a region: absent, loading, or resident. Of kind memory: physical memory of its own, which may
-//            be mapped in several regions, read-only once it is loaded. Of kind file: a file's pages (host)
+//            be mapped in several regions, read-only once it is loaded. Of kind shared: the same, of memory that other
+//            processes have too; whoever loads it makes it, or adopts what another has made. Of kind file: a file's
+//            pages (host)
 //   user     a model: the chunks that it needs. Busy while it runs or loads; awake from its first use until it is
 //            suspended; evictable where the pool may take its memory while it is idle
 //
@@ -13,7 +15,8 @@
 //   then the least recently used, where a chunk of several users counts as its most important and latest one. Never
 //   what a busy user, or an awake one that is not evictable, needs. A chunk is active while it is not absent and has a
 //   user. Bytes of chunks that are not absent are reserved in the budget. Memory is unmapped once the device has done
-//   all work that was queued when its last user ended.
+//   all work that was queued when its last user ended. Shared chunks that became absent, but for those of give_up(), are
+//   told by take_gone().
 //
 // Not thread-safe: Pool locks, and waits where begin() says so. Functions that throw have changed nothing, unless
 // noted.
@@ -35,11 +38,14 @@ namespace glake {
 // What Weights asks of its pool.
 class WeightBudget {
  public:
-  // Counts bytes as reserved, having given idle memory back if need be; false if there is no room.
-  [[nodiscard]] virtual bool reserve(std::size_t bytes) = 0;
-  virtual void unreserve(std::size_t bytes) noexcept = 0;
-  // By how much that many bytes would exceed the limit, with all idle memory given back.
-  [[nodiscard]] virtual std::size_t excess(std::size_t bytes) = 0;
+  // Counts bytes as reserved, having given idle memory back if need be; false if there is no room. Shared memory counts
+  // against the limit alone, other memory against the quota too.
+  [[nodiscard]] virtual bool reserve(std::size_t bytes, bool shared) = 0;
+  virtual void unreserve(std::size_t bytes, bool shared) noexcept = 0;
+  // By how much that many bytes (and of them the shared ones) would exceed the limit, with all idle memory given back.
+  [[nodiscard]] virtual std::size_t excess(std::size_t bytes, std::size_t shared) = 0;
+  // Whether the quota is nearer than the limit: then it is of no use that shared memory goes.
+  [[nodiscard]] virtual bool quota_binds() const noexcept = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
   // Counts bytes as active (and those asked for, by holder), or no longer.
@@ -54,12 +60,12 @@ class Weights {
  public:
   using Id = std::uint64_t;  // of a region, a chunk or a user; never used again
   using Clock = std::chrono::steady_clock;
-  enum class Kind : std::uint8_t { memory, file };
+  enum class Kind : std::uint8_t { memory, file, shared };
 
   struct Piece {
-    std::size_t bytes = 0;      // kind memory: a multiple of the granule; kind file: of a page
+    std::size_t bytes = 0;      // kind file: a multiple of a page; else of the granule
     std::size_t requested = 0;  // that weights take of it
-    Id shared = 0;              // a chunk of kind memory and of that size, to be mapped here too
+    Id shared = 0;              // a chunk of that kind (not file) and size, to be mapped here too
     bool adds = false;          // of a shared one: these weights lie beside those of others, and are not the same
   };
   struct Placement {
@@ -115,11 +121,44 @@ class Weights {
   void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
+  // Gives a loading chunk of kind shared memory to be written to.
+  void make(Id chunk);
+  void unmake(Id chunk) noexcept;  // takes it back, if it was given
+  // Nobody can write to it any more (loaded() does this to all others).
+  void freeze(Id chunk);
+  // Gives a loading chunk of kind shared the frozen memory of a descriptor, which is the chunk's from now on.
+  void adopt(Id chunk, int descriptor);
+  [[nodiscard]] std::size_t bytes(Id chunk) const;
+  // The descriptor of a shared chunk's memory.
+  [[nodiscard]] int descriptor(Id chunk) const;
+
+  // Shared chunks that became absent since the last call, and whether that was to give memory back (suspend,
+  // drop_unused) or to make room below the limit.
+  struct Gone {
+    Id chunk = 0;
+    bool drop = false;
+  };
+  [[nodiscard]] std::vector<Gone> take_gone();
+  // A file descriptor (eventfd) that gets 1 added when there begins to be something for take_gone(); it must outlive this.
+  void tell_gone(int event) noexcept { gone_event_ = event; }
+  // The shared chunks that may go now.
+  struct Offer {
+    Id chunk = 0;
+    bool awake = false;
+    int priority = 0;
+    double idle_seconds = 0;
+  };
+  [[nodiscard]] std::vector<Offer> offers() const;
+  // Bytes of shared chunks that busy users have.
+  [[nodiscard]] std::size_t shared_busy() const noexcept;
+  // Makes those of these chunks absent that may go; returns them.
+  std::vector<Id> give_up(std::span<const Id> chunks) noexcept;
 
   // The user is not busy (asked by the caller). What no awake user needs becomes absent; returns the bytes.
   std::size_t suspend(Id user);
-  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes.
-  std::size_t evict(std::size_t bytes) noexcept;
+  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. None that are shared
+  // where the quota binds or the device is full: another process may keep their memory.
+  std::size_t evict(std::size_t bytes, bool device_full = false) noexcept;
   // The bytes that evict() could make absent.
   [[nodiscard]] std::size_t evictable() const noexcept;
   // Makes what has no user absent, until `bytes` are gone; returns the bytes.
@@ -130,7 +169,8 @@ class Weights {
   [[nodiscard]] bool matters(Id user) const;
   [[nodiscard]] std::size_t reserved() const noexcept { return reserved_; }
   [[nodiscard]] std::size_t active() const noexcept { return active_; }
-  [[nodiscard]] std::size_t files() const noexcept { return files_; }  // of active
+  [[nodiscard]] std::size_t files() const noexcept { return files_; }    // of active
+  [[nodiscard]] std::size_t shared() const noexcept { return shared_; }  // of reserved
   [[nodiscard]] std::size_t requested() const noexcept { return requested_; }
 
   void check_invariants() const;
@@ -145,8 +185,12 @@ class Weights {
     std::size_t bytes = 0;
     std::size_t requested = 0;
     std::uint32_t holder = 0;
+    bool frozen = false;
     std::vector<Address> places;
     std::optional<PhysicalMemory> physical;
+    [[nodiscard]] bool shared() const noexcept { return kind == Kind::shared; }
+    // Whether something is mapped at its places. (A shared chunk that is loading has nothing at first.)
+    [[nodiscard]] bool mapped() const noexcept { return kind == Kind::file ? state != State::absent : !!physical; }
     std::vector<User*> users;
     Fence fence = 0;  // of users that are gone
     Clock::time_point last_use;
@@ -171,7 +215,9 @@ class Weights {
   [[nodiscard]] static auto& find(Map& map, Id id);  // throws InvalidPointer
   void take_out(Region& region, std::size_t count);
   void make_present(Chunk& chunk);
-  void make_absent(Chunk& chunk) noexcept;
+  void make_absent(Chunk& chunk, bool drop = false) noexcept;
+  [[nodiscard]] Chunk& loading(Id chunk, Kind kind);
+  void take(Chunk& chunk, PhysicalMemory physical, Access access);
   void clear(Chunk& chunk) noexcept;
   [[nodiscard]] bool settle(const Chunk& chunk, bool may_throw) const;
   [[nodiscard]] std::size_t requested_of(const Chunk& chunk) const noexcept;
@@ -180,8 +226,9 @@ class Weights {
   void activate(Chunk& chunk);
   void deactivate(Chunk& chunk) noexcept;
   [[nodiscard]] bool someone_else_is_busy(const User& user) const noexcept;
+  [[nodiscard]] static Offer rank(const Chunk& chunk, Clock::time_point now) noexcept;
   template <class Eligible>
-  std::size_t drop(std::size_t bytes, const Eligible& eligible) noexcept;
+  std::size_t drop(std::size_t bytes, bool for_good, const Eligible& eligible) noexcept;
 
   VirtualMemory& memory_;
   Fences& fences_;
@@ -191,9 +238,12 @@ class Weights {
   std::map<Id, User> users_;
   std::map<Id, Region> regions_;
   std::map<Address, AddressRange> writable_;
+  std::vector<Gone> gone_;  // has room for every shared chunk, twice
+  int gone_event_ = -1;
   std::size_t reserved_ = 0;
   std::size_t active_ = 0;
   std::size_t files_ = 0;
+  std::size_t shared_ = 0;
   std::size_t requested_ = 0;
 };
 

@@ -63,6 +63,15 @@ def run(
         str,
         typer.Option("--device", metavar="DEVICE", help="Where to run: cpu, cuda (the first GPU), cuda:1."),
     ] = "cpu",
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOCKET",
+            help="Share weights with other processes: a broker's socket, auto (start one if need be), off. "
+            "Default: $GLAKE_BROKER.",
+            show_default=False,
+        ),
+    ] = None,
     intra_op: Annotated[
         int | None,
         typer.Option(
@@ -97,6 +106,7 @@ def run(
             sharing=sharing.value,
             limit=limit,
             device=device,
+            broker=broker,
             intra_op=intra_op,
             save=save,
             seed=seed,

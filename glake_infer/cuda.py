@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 
@@ -105,6 +106,14 @@ def free_memory(index: int) -> int:
         result = driver.cuMemGetInfo()
         _check("cuMemGetInfo", (result[0],), f"asking how much memory cuda:{index} has free")
         return int(result[1])
+
+
+def uuid(index: int) -> str:
+    """The UUID of GPU `index`, or of the part of one that it is (MIG); the same in all processes. Raises DriverError."""
+    driver = _driver()
+    device, _ = _primary_context(index)
+    ask = getattr(driver, "cuDeviceGetUuid_v2", driver.cuDeviceGetUuid)
+    return str(UUID(bytes=bytes(_check("cuDeviceGetUuid", ask(device), f"asking what cuda:{index} is").bytes)))
 
 
 def compute_capability(index: int) -> tuple[int, int]:

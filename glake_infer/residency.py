@@ -9,6 +9,9 @@ On the host a weight is a read-only mapping of the store's object, so the operat
 processes. On a device weights are copied into memory of their own (glake_infer/layout.py says how they lie there), which
 is read-only once it is written. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
 
+Where the pool has a broker (glake_infer/sharing/) that memory is the machine's: the broker says how weights lie, and whoever
+needs a chunk first fills it for all processes.
+
 Bytes are read and their digest checked before a weight is used for the first time, and again whenever its file has
 changed since (inode, size, or times).
 """
@@ -34,7 +37,11 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 from glake_infer import layout
 from glake_infer.allocators.errors import DriverError, ForkedProcessError, GlakeError, StoreError
 from glake_infer.allocators.pool import Pool
-from glake_infer.digest import digest_of_range
+from glake_infer.digest import digest_of_range, is_digest
+from glake_infer.sharing.address import BrokerAddress, share_for
+from glake_infer.sharing.client import AlteredError, BrokerGoneError, SupersededError
+from glake_infer.sharing.protocol import RegionSpec, WeightSpec
+from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.store import ObjectFolder
 from glake_infer.transfers import Device, Part, device_for
 
@@ -55,7 +62,8 @@ TELLING = 8 << 20
 class Wanted:
     """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used.
 
-    `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by.
+    `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by. `by_file`: it is used through its file,
+    which somebody else maps too, and so never copied.
     """
 
     digest: str
@@ -65,20 +73,21 @@ class Wanted:
     group: Hashable = None
     pieces: tuple[str, ...] = ()
     edges: tuple[int, ...] = ()
+    by_file: bool = False
 
 
 class AlteredObjectError(StoreError):
     """An object's bytes are not those that its name promises; `digest` names it. Nothing was mapped for it."""
 
-    def __init__(self, digest: str, path: object, error: OSError | None = None) -> None:
-        """State which object it was; models/package.py adds which packages are hurt."""
+    def __init__(self, digest: str, path: object, unreadable: str | None = None) -> None:
+        """State which object it was, and why it cannot be read; models/package.py adds which packages are hurt."""
         super().__init__(
-            f"{path} cannot be read: {error.strerror}."
-            if error
+            f"{path} cannot be read: {unreadable}."
+            if unreadable is not None
             else f"{path} does not hold the bytes that its name stands for."
         )
         self.digest = digest
-        self.unreadable = error is not None
+        self.unreadable = unreadable is not None
 
 
 @dataclass(eq=False)
@@ -103,6 +112,8 @@ class _Region:
     """The address of each chunk."""
     parts: dict[int, list[Part]] = field(default_factory=dict)
     """What fills each chunk, at its address in this region."""
+    spec: RegionSpec | None = None
+    """As a broker knows it."""
     entries: set[str] = field(default_factory=set)
     references: int = 0
 
@@ -141,11 +152,12 @@ class Residency:
     )  # of earlier handles too
     _tables_lock = threading.Lock()
 
-    def __init__(self, pool: Pool, copies: bool) -> None:
+    def __init__(self, pool: Pool, copies: bool, share: Share | None = None) -> None:
         """Make an empty table; use `Residency.of(pool)` to get a pool's one."""
         self._native: _native.Pool = pool._open()
         self._device: Device = device_for(pool.device)
         self._copies = copies
+        self.share = share
         self._process = os.getpid()
         self._lock = threading.RLock()  # of the tables below; see _locked
         self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
@@ -163,20 +175,41 @@ class Residency:
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._rate = 0.0  # bytes per second of the last load
         numbers = self._numbers = set[int]()
-        weakref.finalize(self, _remove_regions, self._native, numbers).atexit = False
+        self._finalizer = weakref.finalize(self, _end, self._native, numbers, share)
+        self._finalizer.atexit = False
 
     @classmethod
-    def of(cls, pool: Pool, *, copies: bool | None = None) -> Residency:
-        """Return the table of `pool`. `copies`: whether weights are copied, not mapped; by default on devices alone."""
+    def of(cls, pool: Pool, *, copies: bool | None = None, broker: BrokerAddress | None = None) -> Residency:
+        """Return the table of `pool`, made at its first call.
+
+        copies: whether weights are copied, not mapped; by default on devices, and where there is a broker. broker: who
+        holds them. Raises what `Share` does, for the first call with a broker.
+        """
         with cls._tables_lock:
             table = cls._tables.get(pool)
             if table is None:
-                wanted = pool.device != "cpu" if copies is None else copies
+                wanted = pool.device != "cpu" or broker is not None if copies is None else copies
                 table = cls._by_device.get(pool.device)
-                if table is None or table._copies != wanted:
-                    table = cls._by_device[pool.device] = cls(pool, wanted)
+                socket = table.share.socket if table and table.share else None
+                if table is None or table._copies != wanted or socket != (broker and broker.socket):
+                    share = share_for(pool._open(), pool.device, broker) if broker else None
+                    table = cls._by_device[pool.device] = cls(pool, wanted, share)
                 cls._tables[pool] = table
             return table
+
+    @classmethod
+    def leave(cls, pool: Pool) -> None:
+        """The handle is closed: its table ends now, unless models that sleep still need it."""
+        with cls._tables_lock:
+            table = cls._tables.pop(pool, None)
+            if table is None or os.getpid() != table._process:
+                return
+            with table._locked():
+                if any(entry.users for entry in table._entries.values()):
+                    return
+                if cls._by_device.get(pool.device) is table:
+                    del cls._by_device[pool.device]
+        table._finalizer()
 
     def hold(
         self,
@@ -194,17 +227,15 @@ class Residency:
         """
         items = {item.digest: item for item in wanted}
         for item in items.values():
-            self._verify(item)
+            if not self._shares(item):  # the broker checks what it gives
+                self._verify(item)
         with self._locked():
             self._sweep()
             missing = [item for item in items.values() if item.digest not in self._entries]
             for item in items.values():
                 there = self._entries.get(item.digest)
                 if there and there.wanted.mapped < item.mapped:
-                    raise StoreError(
-                        f"of the object {item.digest} {there.wanted.mapped} bytes are in use and {item.mapped} are wanted. "
-                        "Close the models that use it first."
-                    )
+                    raise self._shorter(item, there.wanted.mapped)
             self._place(missing)
             entries = [self._entries[digest] for digest in items]
             chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
@@ -216,6 +247,15 @@ class Residency:
             holding = Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
             holding.regions = frozenset(entry.region for entry in entries)
             return holding
+
+    def tokens(self, chunks: Iterable[int]) -> list[str]:
+        """The broker's names of chunks; of those alone that are its."""
+        return self.share.tokens(chunks) if self.share else []
+
+    def flush(self) -> None:
+        """Let the broker, where there is one, let go of what became absent here."""
+        if self.share:
+            self.share.flush()
 
     def users(self) -> dict[str, tuple[int, frozenset[int]]]:
         """{digest: (bytes, the models that use it)} of everything that models hold, awake or asleep."""
@@ -258,13 +298,22 @@ class Residency:
                 while self._closing:
                     self._release(self._closing.popleft())
 
+    @staticmethod
+    def _shorter(item: Wanted, mapped: int) -> StoreError:
+        return StoreError(
+            f"of the object {item.digest} {mapped} bytes are in use and {item.mapped} are wanted. Close the models that use "
+            "it first."
+        )
+
     # Placing.
 
     def _place(self, missing: list[Wanted]) -> None:
         placed: list[_Region] = []
         try:
-            if not self._copies:
-                self._place_files(missing, placed)
+            self._place_files([item for item in missing if not self._copies or item.by_file], placed)
+            missing = [item for item in missing if self._copies and not item.by_file]
+            if self.share:
+                self._place_shared(missing, placed)
                 return
             granule, tail = self._native.granularity, 0
 
@@ -291,11 +340,61 @@ class Residency:
                 placed.append(self._enter([item], _Region(0, 0, (), ())))
                 continue
             size = -(-item.mapped // PAGE) * PAGE
-            number, address, chunks = self._native.place_weights([(size, item.mapped, 0, False)], True)
+            number, address, chunks = self._native.place_weights([(size, item.mapped, 0, False)], "file")
             self._numbers.add(number)
             part = Part(item.folder.path(item.digest), 0, item.mapped, address)
             region = _Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
             placed.append(self._enter([item], region))
+
+    def _shares(self, item: Wanted) -> bool:
+        return self.share is not None and not item.by_file
+
+    def _place_shared(self, missing: list[Wanted], placed: list[_Region]) -> None:
+        """Where the broker says that they lie."""
+        assert self.share is not None
+        with_bytes = [item for item in missing if item.mapped]
+        if len(with_bytes) < len(missing):
+            placed.append(self._enter([i for i in missing if not i.mapped], _Region(0, 0, (), ())))
+        if not with_bytes:
+            return
+        there = {region.spec.token: region for region in self._regions.values() if region.spec}
+        try:
+            specs = self.share.place(specs_of(with_bytes))
+        except BrokerGoneError:
+            known = [region.spec for region in there.values() if region.spec]
+            specs = placed_alone(specs_of(with_bytes), self._native.granularity, known)
+        regions = {}
+        for spec in specs:
+            region = there.get(spec.token)
+            if region is None:
+                placed.append(region := self._map_region(spec))
+            elif region.spec != spec:  # files that are elsewhere now
+                self._renew(region, spec)
+            for weight in spec.weights:
+                regions[weight.digest] = (region, weight)
+        for item in with_bytes:
+            region, weight = regions[item.digest]
+            if weight.mapped < item.mapped:
+                raise self._shorter(item, weight.mapped)
+            self._enter([item], region, region.address + weight.offset)
+
+    def _map_region(self, spec: RegionSpec) -> _Region:
+        """Reserve addresses for a region of the broker's."""
+        assert self.share is not None
+        pieces = [(c.size, c.used, self.share.number_of(c.token), False) for c in spec.chunks]
+        number, address, chunks = self._native.place_weights(pieces, "shared")
+        self._numbers.add(number)
+        sizes = tuple(chunk.size for chunk in spec.chunks)
+        starts = tuple(itertools.accumulate(sizes[:-1], initial=address))
+        region = _Region(number, address, tuple(chunks), sizes, None, starts)
+        self._renew(region, spec)
+        return self._enter([], region)
+
+    def _renew(self, region: _Region, spec: RegionSpec) -> None:
+        assert self.share is not None
+        region.spec = spec
+        region.parts = self._parts_of(region, [(w.offset, w.mapped, Path(w.path)) for w in spec.weights])
+        self.share.entered(spec, region.chunks)
 
     def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> _Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
@@ -304,7 +403,7 @@ class Residency:
             shared[0] = tail
         beside = [planned.in_tail] + [False] * (len(shared) - 1)
         pieces = list(zip(planned.chunks, planned.used, shared, beside, strict=True))
-        number, address, chunks = self._native.place_weights(pieces, False)
+        number, address, chunks = self._native.place_weights(pieces, "memory")
         self._numbers.add(number)
         starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
         region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
@@ -314,19 +413,7 @@ class Residency:
             (offset, by_digest[digest].mapped, by_digest[digest].folder.path(digest))
             for digest, offset in sorted(planned.offsets.items(), key=lambda each: each[1])
         ]
-        first = start = 0
-        for chunk, size in zip(chunks, planned.chunks, strict=True):
-            while first < len(spans) and spans[first][0] + spans[first][1] <= start:
-                first += 1
-            parts = []
-            for offset, length, path in spans[first:]:
-                if offset >= start + size:
-                    break
-                begin, end = max(start, offset), min(start + size, offset + length)
-                if begin < end:
-                    parts.append(Part(path, begin - offset, end - begin, address + begin))
-            region.parts[chunk] = parts
-            start += size
+        region.parts = self._parts_of(region, spans)
         if planned.in_tail:
             del self._tails[tail]  # used up, or entered again below
             self._unfilled.setdefault(tail, []).append(region)
@@ -336,6 +423,25 @@ class Residency:
             if planned.chunks[-1] == granule and -end % granule:
                 self._tails[chunks[-1]] = granule - -end % granule
         return region
+
+    @staticmethod
+    def _parts_of(region: _Region, spans: Sequence[tuple[int, int, Path]]) -> dict[int, list[Part]]:
+        """What fills each chunk: of weights (offset in the region, bytes, file) in the order of their offsets."""
+        found: dict[int, list[Part]] = {}
+        first = start = 0
+        for chunk, size in zip(region.chunks, region.sizes, strict=True):
+            while first < len(spans) and spans[first][0] + spans[first][1] <= start:
+                first += 1
+            parts = []
+            for offset, length, path in spans[first:]:
+                if offset >= start + size:
+                    break
+                begin, end = max(start, offset), min(start + size, offset + length)
+                if begin < end:
+                    parts.append(Part(path, begin - offset, end - begin, region.address + begin))
+            found[chunk] = parts
+            start += size
+        return found
 
     def _tail_for(self, size: int, granule: int) -> int:
         """The chunk in whose rest weights of `size` bytes lie best; 0 if there is none."""
@@ -387,7 +493,8 @@ class Residency:
             entry.users[holding.user] -= 1
             if not entry.users[holding.user]:
                 del entry.users[holding.user]
-            if not entry.region.references and not (self._copies and entry.region.number):
+            of_file = entry.wanted.by_file or not self._copies
+            if not entry.region.references and (of_file or not entry.region.number):
                 self._remove(entry.region)
         self._sweep()
 
@@ -408,6 +515,8 @@ class Residency:
                 if not self._owners[chunk]:
                     del self._owners[chunk]
                 self._is_filled(chunk, region)
+            if self.share and region.spec:
+                self.share.removed(region.spec, [c for c in region.chunks if c not in self._owners])
         for digest in region.entries:
             self._entries.pop(digest, None)
 
@@ -415,7 +524,33 @@ class Residency:
 
     def _bring(self, holding: Holding, chunks: list[int]) -> None:
         """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
-        native, number = self._native, holding._number
+        try:
+            if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
+                self._fill(holding, own)
+                self._native.loaded(holding._number, own)
+            if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
+                self.share.bring(
+                    holding._number, shared, lambda some: self._fill(holding, some), self._verify_chunks
+                )
+        except BaseException as error:
+            self._native.load_failed(holding._number, chunks)
+            if isinstance(error, AlteredError):
+                why = str(error) if error.unreadable else None
+                raise AlteredObjectError(error.digest, error.path, why) from error
+            raise
+
+    def _verify_chunks(self, chunks: list[int]) -> None:
+        """Check the files of a broker's chunks, which it checks where it is there."""
+        for chunk in chunks:
+            region = self._owners[chunk][0]
+            wanted = {part.path.name for part in region.parts[chunk]}
+            for weight in region.spec.weights if region.spec else ():
+                if weight.digest in wanted:
+                    self._verify_file(Path(weight.path), weight.digest, weight.length)
+
+    def _fill(self, holding: Holding, chunks: list[int]) -> int:
+        """Write the bytes of chunks; returns how many."""
+        native = self._native
         items: list[Wanted] = []
         borrowed: list[tuple[int, _Copy]] = []
         reader = object()
@@ -433,34 +568,33 @@ class Residency:
                         continue
                     owners = self._owners[chunk]
                     mine = [owner for owner in owners if owner in holding.regions]
-                    if mine[0].parted:  # versions have the same bytes there
+                    if mine[0].parted or mine[0].spec:  # versions have the same bytes there
                         mine = mine[:1]
                     elif others := [owner for owner in owners if owner not in holding.regions]:
                         self._unfilled[chunk] = others + mine  # each model reads its own files only
                     for owner in mine:
                         parts += owner.parts[chunk]
                         filled.append((chunk, owner))
-                items = [self._entries[d].wanted for d in dict.fromkeys(part.path.name for part in parts)]
+                entries = [self._entries.get(d) for d in dict.fromkeys(part.path.name for part in parts)]
+                items = [e.wanted for e in entries if e and not self._shares(e.wanted)]
             for item in items:
                 self._verify(item)
-            if self._copies:
+            if not self._copies or any(item.by_file for item in items):
+                for chunk, part in zip(chunks, parts, strict=True):
+                    with open(part.path, "rb") as file:  # noqa: PTH123
+                        native.map_weights(chunk, file.fileno(), part.size)
+            else:
                 if copies:
                     self._device.restore(copies)
                 if parts:
                     self._device.load(parts)
-            else:
-                for chunk, part in zip(chunks, parts, strict=True):
-                    with open(part.path, "rb") as file:  # noqa: PTH123
-                        native.map_weights(chunk, file.fileno(), part.size)
             for item in items:  # not while they were read, either
                 self._verify(item)
             with self._locked():
                 for chunk, owner in filled:
                     self._is_filled(chunk, owner)
-            native.loaded(number, chunks)
-        except BaseException as error:
-            native.load_failed(number, chunks)
-            self._raise_altered(error, items)
+        except OSError as error:
+            self._raise_altered(error)
             raise
         finally:
             if borrowed:
@@ -470,6 +604,7 @@ class Residency:
         done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
         if self._copies and done >= TELLING:
             self._rate = done / (time.perf_counter() - start)
+        return sum(part.size for part in parts)
 
     def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
         """Whoever wanted a copy wants it no more; the last one frees it."""
@@ -509,8 +644,8 @@ class Residency:
                             shift = address - region.starts[region.chunks.index(chunk)]
                             moved = [replace(p, address=p.address + shift) for p in region.parts[chunk]]
                             self._device.load(moved)
-                    except BaseException as error:
-                        self._raise_altered(error, items)
+                    except OSError as error:
+                        self._raise_altered(error)
                         raise
                     finally:
                         self._native.end_writing(chunk, address)
@@ -524,26 +659,24 @@ class Residency:
 
     def _verify(self, item: Wanted) -> None:
         """Check an object's bytes, unless they were checked and the file has not changed since."""
-        path = item.folder.path(item.digest)
+        self._verify_file(item.folder.path(item.digest), item.digest, item.length)
+
+    def _verify_file(self, path: Path, digest: str, length: int) -> None:
         try:
-            if self._verified.get(path) == (seen := _seal(path, item.length)):
+            if self._verified.get(path) == (seen := _seal(path, length)):
                 return
         except OSError as error:
-            raise AlteredObjectError(item.digest, path, error) from error
-        with _checked(item):
+            raise AlteredObjectError(digest, path, error.strerror) from error
+        with _checked(path, digest, length):
             if len(self._verified) >= MOST_VERIFIED:
                 self._verified.clear()
             self._verified[path] = seen
 
     @staticmethod
-    def _raise_altered(error: BaseException, items: Iterable[Wanted]) -> None:
+    def _raise_altered(error: OSError) -> None:
         """Turn the failure to read an object's file into our error."""
-        if not isinstance(error, OSError) or error.filename is None:
-            return
-        for item in items:
-            path = item.folder.path(item.digest)
-            if str(path) == str(error.filename):
-                raise AlteredObjectError(item.digest, path, error) from error
+        if error.filename is not None and is_digest(digest := Path(os.fsdecode(error.filename)).name):
+            raise AlteredObjectError(digest, error.filename, error.strerror) from error
 
     def _keep_copies(self, holding: Holding) -> None:
         """Make page-locked copies of what a holding that is in use has, where there are none."""
@@ -618,8 +751,10 @@ class Holding:
         table = self._table
         if self._closing:
             raise GlakeError("the model is closed: its weights are gone. Load it again.")
-        if chunks := self._native.begin_use(self._number):
-            table._bring(self, chunks)
+        while chunks := self._native.begin_use(self._number):
+            with contextlib.suppress(SupersededError):
+                table._bring(self, chunks)
+                break
         keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
         if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
             try:
@@ -646,7 +781,9 @@ class Holding:
 
         Raises DriverError where the device does not answer; then nothing has gone.
         """
-        return self._native.suspend(self._number)
+        freed = self._native.suspend(self._number)
+        self._table.flush()
+        return freed
 
     @property
     def suspended(self) -> bool:
@@ -683,11 +820,13 @@ class Holding:
             self._table._give_back_closed()
 
 
-def _remove_regions(native: _native.Pool, numbers: set[int]) -> None:
+def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
     """Take back the addresses of a table that is gone."""
     for number in numbers:
         with contextlib.suppress(Exception):
             native.remove_region(number)
+    if share:
+        share.close()
 
 
 Span = tuple[int, int]
@@ -733,18 +872,33 @@ def _seal(path: Path, length: int) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, length)
 
 
+def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:
+    """Weights as a broker is asked to place them."""
+    groups: dict[Hashable, int] = {}
+    return [
+        WeightSpec(
+            digest=item.digest,
+            length=item.length,
+            mapped=item.mapped,
+            path=str(item.folder.path(item.digest).absolute()),
+            group=groups.setdefault(item.group, len(groups)),
+            pieces=list(item.pieces),
+            edges=list(item.edges),
+        )
+        for item in items
+    ]
+
+
 @contextlib.contextmanager
-def _checked(item: Wanted) -> Iterator[int]:
+def _checked(path: Path, digest: str, length: int) -> Iterator[int]:
     """Open an object whose bytes are right, for reading; raises AlteredObjectError."""
-    path = item.folder.path(item.digest)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise AlteredObjectError(item.digest, path, error) from error
+        raise AlteredObjectError(digest, path, error.strerror) from error
     try:
-        digest, length = digest_of_range(fd, 0, item.length + 1)
-        if digest != item.digest or length != item.length:
-            raise AlteredObjectError(item.digest, path)
+        if digest_of_range(fd, 0, length + 1) != (digest, length):
+            raise AlteredObjectError(digest, path)
         yield fd
     finally:
         os.close(fd)

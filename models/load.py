@@ -24,7 +24,6 @@ from glake_infer.allocators.errors import (
     OutOfMemoryError,
     StoreError,
 )
-from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.allocators.snapshot import Range
 from glake_infer.models.graph import all_nodes, initializers, is_external
@@ -34,6 +33,7 @@ from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
 from glake_infer.models.values import FOREIGN, value_of_argument
+from glake_infer.pool import Pool
 from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Span, Wanted, mappings_of
 from glake_infer.store import Store
 
@@ -341,13 +341,15 @@ def _build_session(
 
 def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
     store = model.package.store
-    found = {} if model._maps else hints(model.package, (w.digest for w in prepared.weights))
+    shares = model._residency.share is not None
+    found = hints(model.package, (w.digest for w in prepared.weights)) if shares or not model._maps else {}
     wanted = []
     for w in prepared.weights:
         folder = store.prepared_objects if w.derived else store.objects
         hint = found.get(w.digest)
         more = (hint.group, hint.pieces, hint.edges) if hint else ()
-        wanted.append(Wanted(w.digest, w.length, w.mapped, folder, *more))
+        by_file = model._maps and not (shares and w.injected)
+        wanted.append(Wanted(w.digest, w.length, w.mapped, folder, *more, by_file=by_file))
     return wanted
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from glake_infer.allocators.errors import InputError, ModelError
-from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
 from glake_infer.models.manifest import Value
@@ -24,6 +23,7 @@ from glake_infer.models.model import Model, ModelMemory, Sharing
 from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
 from glake_infer.models.runtime import Runtime
+from glake_infer.pool import Pool
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
 from glake_infer.store import Store, temporary_sibling
@@ -121,6 +121,7 @@ def run(
     sharing: Sharing = "fast",
     limit: int | str | None = None,
     device: str = "cpu",
+    broker: str | os.PathLike[str] | None = None,
     intra_op: int | None = None,
     seed: int = 0,
     save: str | os.PathLike[str] | None = None,
@@ -138,6 +139,8 @@ def run(
         How many runs go on at once, over all models.
     device
         "cpu", "cuda:N" or "cuda" (the first GPU). On a GPU the feeds come from the host, and the outputs go there.
+    broker
+        As for `Pool`: other processes may have the weights too.
     save
         A folder that gets the last outputs of each model as `NAME.npz`.
 
@@ -149,7 +152,7 @@ def run(
     overrides, given_shapes = parse_overrides(inputs, names), parse_shapes(shapes, names)
     store = store or Store()
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(Pool(device=device, limit=limit))
+        pool = stack.enter_context(Pool(device=device, limit=limit, broker=broker))
         runtime = stack.enter_context(Runtime(pool=pool, store=store))
         loaded = _load_all(names, [Path(path) for path in paths], runtime, sharing, intra_op, store, progress)
         _feed_all(loaded, overrides, given_shapes, seed)

@@ -11,10 +11,10 @@ from typing import Any
 
 from glake_infer.allocators.attach import import_onnxruntime
 from glake_infer.allocators.errors import GlakeError, InputError
-from glake_infer.allocators.pool import Pool
 from glake_infer.models.gate import Gate
 from glake_infer.models.load import CUDA_PROVIDER, load
 from glake_infer.models.model import Model, ModelClosedError
+from glake_infer.pool import Pool
 from glake_infer.residency import HostCopy
 from glake_infer.store import Store
 
@@ -32,7 +32,9 @@ class Runtime:
     Args:
         limit: as for `Pool`: a hard bound on weights, activations and idle memory together.
         device: "cuda:N", "cuda" or "cpu"; None: the first GPU where ONNX Runtime can use one, else the CPU.
-        pool: a pool to use instead of a new one; then neither limit nor device is given, and `close` leaves it open.
+        pool: a pool to use instead of a new one; then none of the others is given, and `close` leaves it open.
+        broker: as for `Pool`: keep weights where other processes share them. Models that are idle, here and in every other
+            process that has them, then make room for others on the whole machine.
         host_copy: for `load`, unless that says otherwise: what sleeping models are brought back from.
         store: the store of the packages.
 
@@ -45,13 +47,14 @@ class Runtime:
         *,
         device: str | None = None,
         pool: Pool | None = None,
+        broker: str | os.PathLike[str] | None = None,
         host_copy: HostCopy = "store",
         store: Store | None = None,
     ) -> None:
-        if pool is not None and (limit is not None or device is not None):
-            raise InputError("a Runtime takes a pool, or a limit and a device for one of its own, not both.")
+        if pool is not None and (limit, device, broker) != (None, None, None):
+            raise InputError("a Runtime takes a pool, or limit, device and broker for one of its own, not both.")
         self._own = pool is None
-        self.pool = pool or Pool(device or _default_device(), limit)
+        self.pool = pool or Pool(device or _default_device(), limit, broker=broker)
         self.host_copy: HostCopy = host_copy
         self._store = store
         self._gate = Gate()

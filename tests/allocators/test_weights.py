@@ -33,7 +33,7 @@ def fill(pool, user, value):
 
 
 def make(pool, count, **policy):
-    region, address, chunks = pool.place_weights([(MiB, MiB - 10, 0, False)] * count, False)
+    region, address, chunks = pool.place_weights([(MiB, MiB - 10, 0, False)] * count, "memory")
     return region, address, chunks, pool.add_user(chunks, **policy)
 
 
@@ -103,7 +103,7 @@ def test_memory_goes_only_when_queued_work_has_passed(pool, device, way):
 
 def test_a_chunk_in_two_regions_is_one_memory(pool):
     _, first, chunks, one = make(pool, 2)
-    region, second, both = pool.place_weights([(MiB, MiB, 0, False), (MiB, MiB, chunks[1], False)], False)
+    region, second, both = pool.place_weights([(MiB, MiB, 0, False), (MiB, MiB, chunks[1], False)], "memory")
     assert both[1] == chunks[1]
     two = pool.add_user(both)
     fill(pool, one, 3)
@@ -112,7 +112,7 @@ def test_a_chunk_in_two_regions_is_one_memory(pool):
     pool.loaded(two, [both[0]])
     assert ctypes.string_at(second, 2 * MiB) == b"\4" * MiB + b"\3" * MiB
     assert pool.stats()["reserved"] == 3 * MiB
-    third, address, _ = pool.place_weights([(MiB, MiB, chunks[1], False)], False)  # while it is there
+    third, address, _ = pool.place_weights([(MiB, MiB, chunks[1], False)], "memory")  # while it is there
     assert ctypes.string_at(address, MiB) == b"\3" * MiB
     pool.remove_region(third)
     pool.end_use(one)
@@ -128,7 +128,7 @@ def test_a_chunk_in_two_regions_is_one_memory(pool):
     assert ctypes.string_at(first + MiB, 10) == b"\5" * 10
     pool.remove_user(one)
     with pytest.raises(InvalidPointerError, match="cannot be mapped a second time"):
-        pool.place_weights([(2 * MiB, MiB, chunks[0], False)], False)
+        pool.place_weights([(2 * MiB, MiB, chunks[0], False)], "memory")
 
 
 def test_a_failed_load_leaves_the_chunks_absent_and_wakes_who_waits_for_them(pool):

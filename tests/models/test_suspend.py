@@ -56,7 +56,7 @@ def kind(request, monkeypatch):
 
 
 def _copying(original):
-    return lambda self, pool, copies: original(self, pool, True)
+    return lambda self, pool, copies, share=None: original(self, pool, True, share)
 
 
 def feeds_of(name, seed=0):

@@ -1,0 +1,738 @@
+"""A process's part in a broker's memory, on one device.
+
+A thread receives: answers, what the broker asks, and word of the native pool that shared chunks became absent. Another
+does what the broker asks, as that may wait for the device. Any thread may ask the broker something.
+
+The order of messages is the order of things: whatever makes a chunk absent, and the message that says so, happen under one
+lock with every other message (`_sending`), so the broker never hears of the release of a chunk after the request that
+brought it back.
+
+When the broker is gone, everything that is mapped stays mapped. Requests wait for the next broker, which is told what this
+process has; where none comes within `PATIENCE` seconds they raise BrokerGoneError, and the process goes on alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import secrets
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from glake_infer.allocators.errors import (
+    DriverError,
+    GlakeError,
+    InvalidPointerError,
+    OutOfMemoryError,
+    StoreError,
+)
+from glake_infer.sharing import protocol
+from glake_infer.sharing.channel import Channel, OtherVersionError, ProtocolError, close_all
+from glake_infer.sharing.protocol import ChunkMemory, RegionSpec
+from glake_infer.sharing.status import PoolStatus, ProcessStatus, TransferStatus
+from glake_infer.version import __version__
+
+if TYPE_CHECKING:
+    from glake_infer.allocators import _native
+
+PATIENCE = 5.0
+"""Seconds that a request waits for a broker that is gone."""
+
+STARTING = 20.0
+"""Seconds that a broker started on demand may take to answer."""
+
+SILENCE = 15.0
+"""Seconds without a word, while an answer is due, after which a broker counts as gone."""
+
+BLOCKED = 10.0
+"""Seconds that sending may take."""
+
+IDLE_EXIT = 60
+"""Seconds after which a broker that was started on demand ends, when it has no clients."""
+
+Kind = TypeVar("Kind", bound=protocol.Answer)
+
+log = logging.getLogger("glake_infer.broker")
+
+describe: Callable[[], list[ProcessStatus]] | None = None
+"""Says what this process is doing; set by whoever knows its models."""
+
+
+class BrokerGoneError(GlakeError):
+    """No broker answers."""
+
+
+class SupersededError(GlakeError):
+    """What was made is not wanted any more: another process did it meanwhile. Begin again."""
+
+
+class AlteredError(StoreError):
+    """The broker found other bytes than the digest stands for, or could not read them."""
+
+    def __init__(self, refusal: protocol.Refusal) -> None:
+        """Keep which weight it was."""
+        super().__init__(refusal.message)
+        self.digest = refusal.digest
+        self.path = Path(refusal.path)
+        self.unreadable = refusal.reason == "unreadable"
+
+
+class BrokerMemoryError(OutOfMemoryError):
+    """The broker has no room within its limit: OutOfMemoryError, with the figures of the whole machine.
+
+    `requested`, `reserved` (by all processes), `limit` and `needed_limit` are the broker's; `holders` are processes.
+    """
+
+    def __init__(self, refusal: protocol.Refusal) -> None:
+        """Take the broker's figures and message."""
+        super().__init__(
+            requested=refusal.requested,
+            active=refusal.used,
+            idle=0,
+            reserved=refusal.used,
+            limit=refusal.limit,
+            needed_limit=refusal.needed,
+            device_free=max(0, refusal.limit - refusal.used),
+            holders=refusal.holders,
+            refusal=refusal.message,
+        )
+        self.args = (refusal.message,)
+        self._refused = refusal
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Support pickling."""
+        return type(self), (self._refused,)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Somebody who waits for an answer."""
+
+    ready: threading.Event = field(default_factory=threading.Event)
+    answer: protocol.Answer | None = None
+    descriptors: list[int] = field(default_factory=list)
+    abandoned: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process can tell a new broker: its regions, and its chunks by the native pool's number."""
+
+    regions: list[RegionSpec]
+    chunks: list[tuple[int, ChunkMemory]]
+
+
+class Client:
+    """The connection, and all that is done over it. Thread-safe."""
+
+    _all: ClassVar[weakref.WeakSet[Client]] = weakref.WeakSet()
+
+    def __init__(
+        self,
+        native: _native.Pool,
+        device: protocol.Device,
+        shown: str,
+        socket: Path,
+        *,
+        starts: bool,
+        held: Callable[[], Held],
+        token_of: Callable[[int], str | None],
+        number_of: Callable[[str], int | None],
+    ) -> None:
+        """Connect, starting a broker if `starts` and there is none.
+
+        held, token_of, number_of
+            What the residency knows of chunks; called from any thread, must take no lock.
+
+        Raises BrokerGoneError (nobody there), GlakeError (another version or user, or the broker refused).
+        """
+        self.socket = socket
+        self.connected = False
+        self.reconnections = 0
+        self.loads = self.load_bytes = self.hits = self.hit_bytes = 0
+        self.load_seconds = 0.0
+        self._native = native
+        self._device = device
+        self._shown = shown
+        self._starts = starts
+        self._held, self._token_of, self._number_of = held, token_of, number_of
+        self._quota = 0
+        self._disowned: dict[int, int] = {}  # by chunk: bytes that are the quota's, and no broker's
+        self._channel: Channel | None = None
+        self._closed = False
+        self._process = os.getpid()
+        self._condition = threading.Condition()  # of _channel, connected, _waiting
+        self._sending = threading.Lock()
+        self._waiting: dict[int, _Waiting] = {}
+        self._ids = itertools.count(1)
+        self._heard = self._since = time.monotonic()  # of the last word, and since when there is no broker
+        self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._connect(first=True)
+            self._native.share(self._grow, self._event)
+        except BaseException:
+            if self._channel:
+                self._channel.close()
+            os.close(self._event)
+            raise
+        Client._all.add(self)
+        self._threads = [
+            threading.Thread(target=target, name=f"glake-infer broker {what}", daemon=True)
+            for target, what in ((self._receive, "connection"), (self._work, "requests"))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # What the residency asks for.
+
+    def place(self, weights: Sequence[protocol.WeightSpec]) -> list[RegionSpec]:
+        """Where these lie. Raises BrokerGoneError."""
+        answer, _ = self._ask(protocol.Place(weights=list(weights)), protocol.Placed)
+        return answer.regions
+
+    def forget(self, region: str) -> None:
+        """The region's addresses were given back. Does not wait."""
+        with contextlib.suppress(BrokerGoneError):
+            self._tell(protocol.Forget(regions=[region]))
+
+    def acquire(
+        self, chunks: Sequence[str], *, wait: bool, full: bool
+    ) -> tuple[protocol.Acquired, list[int]]:
+        """Ask for chunks; the descriptors are the caller's. Raises OutOfMemoryError, BrokerGoneError."""
+        return self._ask(protocol.Acquire(chunks=list(chunks), wait=wait, full=full), protocol.Acquired)
+
+    def loaded(
+        self, chunks: Sequence[ChunkMemory], descriptors: Sequence[int], read: int, seconds: float
+    ) -> None:
+        """Hand in what was made. Raises AlteredError, SupersededError, BrokerGoneError; it is not the broker's then."""
+        self.loads += len(chunks)
+        self.load_bytes += read
+        self.load_seconds += seconds
+        message = protocol.Loaded(chunks=list(chunks), read=read, seconds=seconds)
+        self._ask(message, protocol.Done, descriptors)
+
+    def failed(self, chunks: Iterable[str]) -> None:
+        """These are not made. Does not wait."""
+        if (tokens := list(chunks)) and self.connected:
+            with contextlib.suppress(BrokerGoneError):
+                self._tell(protocol.Failed(chunks=tokens))
+
+    def let_go(self, chunks: Iterable[str]) -> None:
+        """These were given and not taken. Does not wait."""
+        if (tokens := list(chunks)) and self.connected:
+            with contextlib.suppress(BrokerGoneError):
+                self._tell(protocol.Released(chunks=tokens))
+
+    def took(self, chunks: int, size: int) -> None:
+        """Count chunks that came without a load."""
+        self.hits += chunks
+        self.hit_bytes += size
+
+    def flush(self) -> None:
+        """Tell the broker what became absent, and wait until it has let go of it too."""
+        try:
+            for waiting in self._flush(wait=True):
+                self._wait(waiting)
+        except BrokerGoneError:
+            pass
+
+    def renew(self) -> None:
+        """Something was made while there was no broker: introduce it to the one that came meanwhile."""
+        with self._condition:
+            channel = self._channel
+        if channel:
+            self._lost(channel, "some memory was made without it")
+
+    @property
+    def quota(self) -> int:
+        """Bytes of private memory that the broker allows."""
+        return self._quota
+
+    @property
+    def transfers(self) -> TransferStatus:
+        """Counters so far."""
+        return TransferStatus(
+            loads=self.loads,
+            bytes=self.load_bytes,
+            seconds=self.load_seconds,
+            hits=self.hits,
+            hit_bytes=self.hit_bytes,
+        )
+
+    def close(self) -> None:
+        """Say goodbye. Nothing of the broker's may be in use any more. Closing twice is fine."""
+        with self._condition:
+            if self._closed or os.getpid() != self._process:
+                return
+            self._closed = True
+            channel, self._channel = self._channel, None
+            self.connected = False
+            self._condition.notify_all()
+        self._native.share(None, -1)
+        self._tasks.put(None)
+        if channel:
+            with contextlib.suppress(OSError, ProtocolError), self._sending:
+                channel.send(protocol.Bye())
+            channel.close()
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._event, 1)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(BLOCKED)
+        if not any(thread.is_alive() for thread in self._threads):
+            os.close(self._event)
+
+    # Asking.
+
+    def _open(self) -> Channel:
+        """The connection, waiting for one if need be. Raises BrokerGoneError."""
+        with self._condition:
+            while not self._channel:
+                left = self._since + PATIENCE - time.monotonic()
+                if self._closed or left <= 0 or os.getpid() != self._process:
+                    raise BrokerGoneError(f"the broker at {self.socket} does not answer.")
+                self._condition.wait(left)
+            return self._channel
+
+    def _send(self, message: protocol.Request, descriptors: Sequence[int], waits: bool) -> _Waiting | None:
+        """Send under the lock of `_sending`. Raises BrokerGoneError."""
+        with self._condition:
+            channel = self._channel
+            waiting = None
+            number = next(self._ids)
+            if channel and waits:
+                waiting = self._waiting[number] = _Waiting()
+        if not channel:
+            raise BrokerGoneError(f"the broker at {self.socket} is gone.")
+        try:
+            channel.send(message.model_copy(update={"id": number}), descriptors)
+        except OSError as error:
+            self._lost(channel, f"it takes nothing: {error.strerror or error}")
+            raise BrokerGoneError(f"the broker at {self.socket} is gone: {error}") from error
+        return waiting
+
+    def _tell(self, message: protocol.Request) -> None:
+        with self._sending:
+            self._send_gone(wait=False)
+            self._send(message, (), waits=False)
+
+    def _ask(
+        self, message: protocol.Request, kind: type[Kind], descriptors: Sequence[int] = ()
+    ) -> tuple[Kind, list[int]]:
+        self._open()
+        with self._sending:
+            self._send_gone(wait=False)
+            waiting = self._send(message, descriptors, waits=True)
+        assert waiting is not None
+        answer = self._wait(waiting)
+        if not isinstance(answer, kind):
+            close_all(waiting.descriptors)
+            raise GlakeError(f"the broker at {self.socket} answered {answer!r} to {type(message).__name__}.")
+        return answer, waiting.descriptors
+
+    def _wait(self, waiting: _Waiting) -> protocol.Answer:
+        try:
+            waiting.ready.wait()
+        except BaseException:  # Ctrl-C
+            with self._condition:
+                waiting.abandoned = True
+                came = waiting.answer
+            if came:
+                self._give_back(came, waiting.descriptors)
+            raise
+        answer = waiting.answer
+        if answer is None:
+            raise BrokerGoneError(f"the broker at {self.socket} is gone.")
+        if isinstance(answer, protocol.Refusal):
+            close_all(waiting.descriptors)
+            raise _error_of(answer)
+        return answer
+
+    def _give_back(self, answer: protocol.Answer, descriptors: list[int]) -> None:
+        """An answer that nobody waits for any more."""
+        close_all(descriptors)
+        descriptors.clear()
+        if isinstance(answer, protocol.Acquired):
+            self.let_go(memory.chunk for memory in answer.given)
+            self.failed(answer.make)
+
+    # What became absent.
+
+    def _flush(self, wait: bool) -> list[_Waiting]:
+        with self._sending:
+            return self._send_gone(wait)
+
+    def _send_gone(self, wait: bool) -> list[_Waiting]:
+        """Tell what became absent, under the lock of `_sending`."""
+        gone: dict[bool, list[str]] = {True: [], False: []}
+        for number, drop in self._native.take_gone():
+            self._disowned.pop(number, None)
+            if token := self._token_of(number):
+                gone[drop].append(token)
+        waiting = []
+        for drop, tokens in gone.items():
+            if tokens:
+                with contextlib.suppress(BrokerGoneError):
+                    waiting.append(self._send(protocol.Released(chunks=tokens, drop=drop), (), waits=wait))
+        return [each for each in waiting if each]
+
+    # The pool asks for more private memory, in any thread, without its lock.
+
+    def _grow(self, quota: int, full: bool) -> str:
+        """Empty, or why there is no more."""
+        slack = max(quota // 8, 8 << 20 if self._device.name == "cpu" else 64 << 20)
+        try:
+            for wanted in (quota + slack, quota):
+                try:
+                    self._ask(protocol.Grow(quota=wanted, full=full), protocol.Granted)
+                    return ""
+                except OutOfMemoryError as error:
+                    refused = str(error)
+        except BrokerGoneError:
+            self._set_quota(quota + slack)  # nobody else asks for it either
+            return ""
+        except GlakeError as error:
+            return f"The broker at {self.socket} failed: {error}"
+        return refused
+
+    def _set_quota(self, quota: int) -> None:
+        apart = sum(list(self._disowned.values()))
+        self._quota = self._native.set_quota(max(0, quota - apart)) + apart
+
+    # Receiving.
+
+    def _receive(self) -> None:
+        while not self._closed:
+            channel = self._channel
+            if channel is None:
+                self._reconnect()
+                continue
+            try:
+                ready, _, _ = select.select([channel.socket, self._event], [], [], 1.0)
+                if self._event in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._event)
+                    self._flush(wait=False)
+                if channel.socket in ready:
+                    if not channel.pull():
+                        self._lost(channel, "it ended")
+                        continue
+                    self._heard = time.monotonic()
+                    while (found := channel.next()) is not None:
+                        self._take(channel, *found)
+                self._watch(channel)
+            except (OSError, ValueError, ProtocolError, BrokerGoneError) as error:
+                self._lost(channel, str(error))
+
+    def _watch(self, channel: Channel) -> None:
+        """Somebody waits, and the broker says nothing: is it there?"""
+        silent = time.monotonic() - self._heard
+        with self._condition:
+            due = bool(self._waiting)
+        if not due:
+            self._heard = time.monotonic()
+        elif silent > SILENCE:
+            self._lost(channel, f"it said nothing for {SILENCE:.0f} s")
+        elif silent > SILENCE / 3:
+            with self._sending:
+                self._send(protocol.Ping(), (), waits=False)
+
+    def _take(
+        self, channel: Channel, message: protocol.AnyMessage | protocol.Request, descriptors: list[int]
+    ) -> None:
+        if isinstance(message, protocol.Request):
+            close_all(descriptors)
+            self._tasks.put((channel, message))
+            return
+        if isinstance(message, protocol.Granted):
+            self._set_quota(message.quota)
+        with self._condition:
+            waiting = self._waiting.pop(message.to, None)
+            if waiting and not waiting.abandoned:
+                waiting.answer, waiting.descriptors = message, descriptors
+                waiting.ready.set()
+                return
+        self._give_back(message, descriptors)
+
+    def _lost(self, channel: Channel, why: str) -> None:
+        with self._condition:
+            if self._channel is not channel:
+                return
+            self._channel = None
+            self.connected = False
+            self._since = time.monotonic()
+            waiting, self._waiting = list(self._waiting.values()), {}
+            self._condition.notify_all()
+        channel.close()
+        for each in waiting:
+            each.ready.set()
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._event, 1)
+        if not self._closed:
+            log.warning(
+                "the broker at %s is gone (%s). What is loaded goes on; looking for another.",
+                self.socket,
+                why,
+            )
+
+    # Connecting.
+
+    def _reconnect(self) -> None:
+        delay = 0.05
+        while not self._closed and self._channel is None:
+            try:
+                self._connect(first=False)
+            except (GlakeError, OSError) as error:
+                log.debug("no broker yet: %s", error)
+                with self._condition:
+                    if not self._closed:
+                        self._condition.wait(delay)
+                delay = min(2 * delay, 2.0)
+
+    def _connect(self, first: bool) -> None:
+        channel = self._dial()
+        descriptors: list[int] = []
+        try:
+            with self._sending:  # what becomes absent from here on is told after it
+                resume = self._resume(descriptors)
+                number = next(self._ids)
+                hello = protocol.Hello(
+                    id=number,
+                    release=__version__,
+                    pid=os.getpid(),
+                    name=process_name(),
+                    device=self._device,
+                    resume=resume,
+                )
+                channel.send(hello, descriptors)
+                answer = _welcome(channel, number)
+                numbers = [n for memory in answer.disowned if (n := self._number_of(memory.chunk))]
+                self._disowned = {n: self._native.size_of(n) for n in numbers}
+                self._set_quota(answer.quota)
+                with self._condition:
+                    if self._closed:
+                        channel.close()
+                        return
+                    self._channel = channel
+                    self._heard = time.monotonic()
+                    self.connected = True
+                    self.reconnections += not first
+                    self._condition.notify_all()
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            close_all(descriptors)
+        if not first:
+            log.warning(
+                "reconnected to a broker at %s: it was told of %d chunks and %d regions%s.",
+                self.socket,
+                len(resume.chunks) if resume else 0,
+                len(resume.regions) if resume else 0,
+                f", and has {len(answer.disowned)} of them from others" if answer.disowned else "",
+            )
+
+    def _resume(self, descriptors: list[int]) -> protocol.Resume | None:
+        held = self._held()
+        chunks = []
+        for number, memory in held.chunks:
+            try:
+                descriptors.append(self._native.descriptor(number))
+            except InvalidPointerError:  # gone meanwhile
+                continue
+            chunks.append(memory)
+        stats = self._native.stats()
+        own = stats["reserved"] - stats["shared"]
+        if not held.regions and not chunks and not own:
+            return None
+        return protocol.Resume(regions=held.regions, chunks=chunks, quota=max(own, self._quota))
+
+    def _dial(self) -> Channel:
+        try:
+            return Channel.connect(self.socket, BLOCKED)
+        except FileNotFoundError as error:
+            nobody: OSError = error
+        except ConnectionRefusedError as error:
+            nobody = error
+        except OSError as error:
+            raise BrokerGoneError(f"the broker at {self.socket} cannot be reached: {error}.") from error
+        if not self._starts:
+            raise BrokerGoneError(
+                f"there is no broker at {self.socket} ({nobody.strerror}). Start one (`glake-infer broker`), or say "
+                "broker='auto'."
+            ) from nobody
+        return self._start()
+
+    def _start(self) -> Channel:
+        """Start a broker, as others may do at this moment too: one of them gets the socket."""
+        self.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        journal = self.socket.with_suffix(".log")
+        command = [sys.executable, "-m", "glake_infer.cli", "broker", "--socket", str(self.socket)]
+        command += ["--exit-when-idle", str(IDLE_EXIT)]
+        with journal.open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+            )
+        until = time.monotonic() + STARTING
+        while time.monotonic() < until and not self._closed:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                channel = Channel.connect(self.socket, BLOCKED)
+                threading.Thread(target=process.wait, daemon=True, name="glake-infer broker process").start()
+                return channel
+            if process.poll() is not None and process.returncode and not self.socket.exists():
+                break
+            time.sleep(0.02)
+        raise BrokerGoneError(
+            f"a broker was started and does not answer at {self.socket}. Its own words are in {journal}."
+        )
+
+    # What the broker asks.
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            channel, request = task
+            try:
+                if isinstance(request, protocol.Give):
+                    with self._sending:
+                        self._send_gone(wait=False)
+                        self._answer(channel, request, self._give(request))
+                else:
+                    answer = self._do(request)
+                    with self._sending:
+                        self._answer(channel, request, answer)
+            except OSError as error:
+                self._lost(channel, str(error))
+            except Exception as error:  # a defect, or a device that is lost: the broker must not wait for us
+                log.warning("what the broker asked (%s) failed: %s", type(request).__name__, error)
+                refusal = protocol.Refusal(to=request.id, reason="message", message=str(error)[:4000])
+                with contextlib.suppress(OSError), self._sending:
+                    channel.send(refusal)
+
+    def _answer(self, channel: Channel, request: protocol.Request, answer: protocol.Answer) -> None:
+        if self._channel is channel:
+            channel.send(answer.model_copy(update={"to": request.id}))
+
+    def _give(self, request: protocol.Give) -> protocol.Given:
+        numbers = {n: token for token in request.chunks if (n := self._number_of(token))}
+        return protocol.Given(chunks=[numbers[n] for n in self._native.give_up(list(numbers))])
+
+    def _do(self, request: protocol.Request) -> protocol.Answer:
+        native = self._native
+        if isinstance(request, protocol.Offer):
+            offers = [
+                protocol.Offered(chunk=token, awake=awake, priority=priority, idle_seconds=max(0.0, idle))
+                for number, awake, priority, idle in native.offers()
+                if (token := self._token_of(number))
+            ]
+            return protocol.Offers(chunks=offers, idle=self._idle(), busy=native.shared_busy())
+        if isinstance(request, protocol.Trim):
+            self._set_quota(max(0, self._quota - request.bytes))
+            return protocol.Granted(quota=self._quota)
+        if isinstance(request, protocol.Describe):
+            return protocol.Description(process=self._describe())
+        return protocol.Done()
+
+    def _idle(self) -> int:
+        stats = self._native.stats()
+        shared_in_use = stats["shared"] - min(stats["shared"], stats["unused_weights"])
+        return max(0, self._quota - max(0, stats["active"] - shared_in_use))
+
+    def _describe(self) -> ProcessStatus:
+        for status in describe() if describe else ():
+            if status.device == self._shown:
+                return status
+        return self.describe_bare()
+
+    def describe_bare(self) -> ProcessStatus:
+        """What is known here, without models."""
+        return ProcessStatus(
+            pid=os.getpid(),
+            name=process_name(),
+            device=self._shown,
+            release=__version__,
+            connected=self.connected,
+            reconnections=self.reconnections,
+            pool=pool_status(self._native.stats(), self._quota),
+            models=[],
+            transfers=self.transfers,
+            chunks=[memory.chunk for _, memory in self._held().chunks],
+        )
+
+
+def pool_status(stats: dict[str, int], quota: int | None) -> PoolStatus:
+    """The part of a pool's figures that is shown."""
+    names = PoolStatus.model_fields.keys() - {"quota"}
+    return PoolStatus(quota=quota, **{name: stats[name] for name in names})
+
+
+def process_name() -> str:
+    """What this process is called: $GLAKE_NAME, or its program."""
+    if name := os.environ.get("GLAKE_NAME"):
+        return name[:200]
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    return str(spec.name if spec and spec.name else Path(sys.argv[0] or "python").name)[:200]
+
+
+def new_memory() -> str:
+    """A name for a piece of physical memory."""
+    return secrets.token_hex(8)
+
+
+def _welcome(channel: Channel, number: int) -> protocol.Welcome:
+    """The broker's answer to Hello."""
+    try:
+        while (found := channel.receive()) is not None:
+            message, descriptors = found
+            close_all(descriptors)
+            if isinstance(message, protocol.Refusal) and message.to in (0, number):
+                raise _error_of(message)
+            if isinstance(message, protocol.Welcome):
+                return message
+    except OtherVersionError as error:
+        raise GlakeError(str(error)) from error
+    except OSError as error:
+        raise BrokerGoneError(f"the broker does not answer: {error}") from error
+    raise BrokerGoneError("the broker ended the connection.")
+
+
+def _error_of(refusal: protocol.Refusal) -> GlakeError:
+    if refusal.reason == "memory":
+        return BrokerMemoryError(refusal)
+    if refusal.reason in ("altered", "unreadable"):
+        return AlteredError(refusal)
+    if refusal.reason == "lost":
+        return SupersededError(refusal.message)
+    if refusal.reason == "full":
+        return DriverError(refusal.message)
+    return GlakeError(refusal.message)
+
+
+def _forget_connections() -> None:
+    """In a child of fork(): the connections are the parent's, and must end with it."""
+    for client in list(Client._all):
+        if client._channel:
+            with contextlib.suppress(OSError):
+                os.close(client._channel.socket.detach())
+            client._channel = None
+        client.connected = False
+
+
+os.register_at_fork(after_in_child=_forget_connections)
