@@ -344,9 +344,13 @@ std::optional<std::string> Pool::grow(const OutOfMemory& record) {
   std::size_t quota = 0;
   {
     const Operation operation(*this);
-    if (!grower_ || record.needed_limit > limit_) return std::nullopt;
+    if (!grower_) return std::nullopt;
+    // What is above the limit has to come from shared weights, once the quota does not bind any more.
+    const std::size_t above = record.needed_limit > limit_ ? record.needed_limit - limit_ : 0;
+    if (above > std::min(shared_, resident_.evictable(true))) return std::nullopt;
     grower = grower_;
-    quota = record.needed_limit > shared_ ? record.needed_limit - shared_ : 0;
+    quota = record.needed_limit - std::min(record.needed_limit, shared_);
+    if (quota <= quota_) quota = plus(quota_, record.requested);  // it was raised meanwhile, or did not do
     if (record.device_full) quota = std::max(quota, chunks_.reserved() - shared_ + record.requested);
   }
   return (*grower)(quota, record.device_full);

@@ -609,9 +609,9 @@ std::size_t Weights::evict(std::size_t bytes, bool device_full) noexcept {
               [keeps_shared](const Chunk& chunk) { return may_go(chunk) && !(chunk.shared() && keeps_shared); });
 }
 
-std::size_t Weights::evictable() const noexcept {
+std::size_t Weights::evictable(bool whatever_quota) const noexcept {
   std::size_t bytes = 0;
-  const bool keeps_shared = budget_.quota_binds();
+  const bool keeps_shared = !whatever_quota && budget_.quota_binds();
   for (const auto& [id, chunk] : chunks_) {
     if (chunk.shared() && keeps_shared) continue;
     if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;

@@ -159,8 +159,8 @@ class Weights {
   // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. None that are shared
   // where the quota binds or the device is full: another process may keep their memory.
   std::size_t evict(std::size_t bytes, bool device_full = false) noexcept;
-  // The bytes that evict() could make absent.
-  [[nodiscard]] std::size_t evictable() const noexcept;
+  // The bytes that evict() could make absent; or could if the quota did not bind.
+  [[nodiscard]] std::size_t evictable(bool whatever_quota = false) const noexcept;
   // Makes what has no user absent, until `bytes` are gone; returns the bytes.
   std::size_t drop_unused(std::size_t bytes) noexcept;
 

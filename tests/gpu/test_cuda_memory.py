@@ -185,27 +185,35 @@ def test_access_none_is_refused_without_harm_and_comes_back(memory, mapped):
     assert memory.read(mapped, 2) == b"\x06\x06"
 
 
-def test_files_and_exports(memory, tmp_path):
-    handle = memory.create(2 * MiB)
-    with pytest.raises(DriverError, match="exportable"):
-        memory.export_descriptor(handle, 2 * MiB)
-    memory.destroy(handle, 2 * MiB)
+def test_files_are_the_hosts(memory):
     with pytest.raises(DriverError, match="host only"):
         memory.map_file(0, 4096)
-    exportable = _native.cuda_memory(0, exportable=True)
-    address, handle = exportable.reserve(4 * MiB), exportable.create(2 * MiB)
-    exportable.map(address, handle, 2 * MiB)
-    exportable.fill(address, 2 * MiB, 9)
-    descriptor = exportable.export_descriptor(handle, 2 * MiB)
-    kind = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-    again = call(driver.cuMemImportFromShareableHandle, descriptor, kind)
-    os.close(descriptor)
-    exportable.map(address + 2 * MiB, int(again), 2 * MiB)
-    assert exportable.read(address + 2 * MiB, 2) == b"\x09\x09"
-    exportable.unmap(address, 4 * MiB)
-    call(driver.cuMemRelease, again)
-    exportable.destroy(handle, 2 * MiB)
-    exportable.release(address, 4 * MiB)
+
+
+def test_shared_memory_lives_while_somebody_has_a_descriptor(memory):
+    address = memory.reserve(4 * MiB)
+    handle, descriptor = memory.create_shared(2 * MiB)
+    memory.map(address, handle, 2 * MiB, descriptor)
+    memory.fill(address, 2 * MiB, 9)
+    memory.freeze(handle, 2 * MiB, descriptor, [address])
+    kept = os.dup(descriptor)
+    again = memory.adopt(kept, 2 * MiB)
+    memory.unmap(address, 2 * MiB)
+    memory.destroy(handle, 2 * MiB, descriptor)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    memory.map(address + 2 * MiB, again, 2 * MiB, kept, "read_only")
+    assert memory.read(address + 2 * MiB, 2) == b"\x09\x09"
+    memory.unmap(address + 2 * MiB, 2 * MiB)
+    memory.destroy(again, 2 * MiB, kept)
+    memory.release(address, 4 * MiB)
+
+
+def test_no_memory_is_made_of_a_descriptor_that_is_none(memory, tmp_path):
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(DriverError, match="cuMemImportFromShareableHandle"):
+        memory.adopt(descriptor, 2 * MiB)
+    os.close(descriptor)  # still ours
 
 
 def test_reading_and_mapping_wait_for_no_kernel(gpu, memory, mapped):
