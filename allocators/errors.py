@@ -8,6 +8,7 @@ GlakeError                      anything below
 |- PoolClosedError              the handle was closed
 |- InvalidPointerError          an address that is not in use: freed twice, or never handed out
 |- MemoryCorruptionError        memory of a pool in debug mode was overwritten
+|- BrokerError                  there is no broker to share weights with, or it is not for this process
 |- DeviceNotFoundError          no such device here
 |- MissingDependencyError       a package has to be installed (is also an ImportError)
 |- ForkedProcessError           the pool belongs to the parent process
@@ -30,6 +31,7 @@ from functools import partial
 from .sizes import format_bytes
 
 __all__ = [
+    "BrokerError",
     "DeviceNotFoundError",
     "DigestMismatchError",
     "DriverError",
@@ -198,6 +200,10 @@ class MemoryCorruptionError(GlakeError):
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling."""
         return type(self), (str(self), self.corruptions)
+
+
+class BrokerError(GlakeError):
+    """There is no broker to share weights with, or it does not take this process. What is loaded goes on."""
 
 
 class DeviceNotFoundError(GlakeError):

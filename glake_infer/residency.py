@@ -21,6 +21,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import threading
@@ -53,6 +54,9 @@ PAGE = 4096
 
 MOST_VERIFIED = 1 << 16
 """Files of which it is remembered that their bytes were checked."""
+
+SUPERSEDED = 5
+"""How often a use begins anew because other processes were faster."""
 
 TELLING = 8 << 20
 """Bytes from which a load tells how fast the next one will be."""
@@ -522,16 +526,15 @@ class Residency:
 
     # Bringing in.
 
-    def _bring(self, holding: Holding, chunks: list[int]) -> None:
+    def _bring(self, holding: Holding, chunks: list[int], *, alone: bool = False) -> None:
         """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
         try:
             if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
                 self._fill(holding, own)
                 self._native.loaded(holding._number, own)
             if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
-                self.share.bring(
-                    holding._number, shared, lambda some: self._fill(holding, some), self._verify_chunks
-                )
+                fill = functools.partial(self._fill, holding)
+                self.share.bring(holding._number, shared, fill, self._verify_chunks, alone=alone)
         except BaseException as error:
             self._native.load_failed(holding._number, chunks)
             if isinstance(error, AlteredError):
@@ -751,10 +754,14 @@ class Holding:
         table = self._table
         if self._closing:
             raise GlakeError("the model is closed: its weights are gone. Load it again.")
-        while chunks := self._native.begin_use(self._number):
-            with contextlib.suppress(SupersededError):
-                table._bring(self, chunks)
+        for attempt in range(SUPERSEDED, -1, -1):
+            if not (chunks := self._native.begin_use(self._number)):
                 break
+            try:
+                table._bring(self, chunks, alone=not attempt)
+                break
+            except SupersededError:
+                continue
         keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
         if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
             try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glake_infer import cuda
-from glake_infer.allocators.devices import parse_device
+from glake_infer.allocators.devices import cpu_memory, parse_device
 from glake_infer.allocators.errors import InputError
 from glake_infer.sharing.paths import check_socket, default_socket, make_folder
 from glake_infer.sharing.protocol import Device
@@ -57,10 +57,9 @@ def device_named(device: str, granule: int) -> Device:
     """A device as all processes call it. Raises DriverError."""
     from glake_infer.allocators import _native
 
-    memory = _native.device_memory(device)
     name = parse_device(device)
     if name == "cpu":
-        return Device(name="cpu", title="host memory", memory=memory, granule=granule)
+        return Device(name="cpu", title="host memory", memory=cpu_memory(), granule=granule)
     index = int(name.partition(":")[2])
-    title = _native.cuda_device_name(index)
+    title, memory = _native.cuda_device_name(index), _native.device_memory(name)
     return Device(name=f"GPU-{cuda.uuid(index)}", title=title, memory=memory, granule=granule)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from glake_infer.allocators.errors import (
+    BrokerError,
     DriverError,
     GlakeError,
     InvalidPointerError,
@@ -58,6 +59,12 @@ SILENCE = 15.0
 BLOCKED = 10.0
 """Seconds that sending may take."""
 
+ATTEMPTS = 3
+"""How many brokers are asked the same, where one after the other goes before it answers."""
+
+STEADY = 2.0
+"""Seconds that a connection lasts if it is worth to look for the next one at once."""
+
 IDLE_EXIT = 60
 """Seconds after which a broker that was started on demand ends, when it has no clients."""
 
@@ -69,7 +76,7 @@ describe: Callable[[], list[ProcessStatus]] | None = None
 """Says what this process is doing; set by whoever knows its models."""
 
 
-class BrokerGoneError(GlakeError):
+class BrokerGoneError(BrokerError):
     """No broker answers."""
 
 
@@ -176,7 +183,10 @@ class Client:
         self._sending = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
         self._ids = itertools.count(1)
-        self._heard = self._since = time.monotonic()  # of the last word, and since when there is no broker
+        self._heard = self._since = self._connected = (
+            time.monotonic()
+        )  # the last word; no broker since; last one since
+        self._delay = 0.0
         self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -331,15 +341,21 @@ class Client:
     def _ask(
         self, message: protocol.Request, kind: type[Kind], descriptors: Sequence[int] = ()
     ) -> tuple[Kind, list[int]]:
-        self._open()
-        with self._sending:
-            self._send_gone(wait=False)
-            waiting = self._send(message, descriptors, waits=True)
-        assert waiting is not None
-        answer = self._wait(waiting)
+        for attempt in range(ATTEMPTS, 0, -1):
+            self._open()
+            try:
+                with self._sending:
+                    self._send_gone(wait=False)
+                    waiting = self._send(message, descriptors, waits=True)
+                assert waiting is not None
+                answer = self._wait(waiting)
+                break
+            except BrokerGoneError:  # the next one knows nothing of the question
+                if attempt == 1 or isinstance(message, protocol.Loaded):
+                    raise
         if not isinstance(answer, kind):
             close_all(waiting.descriptors)
-            raise GlakeError(f"the broker at {self.socket} answered {answer!r} to {type(message).__name__}.")
+            raise BrokerError(f"the broker at {self.socket} answered {answer!r} to {type(message).__name__}.")
         return answer, waiting.descriptors
 
     def _wait(self, waiting: _Waiting) -> protocol.Answer:
@@ -490,16 +506,15 @@ class Client:
     # Connecting.
 
     def _reconnect(self) -> None:
-        delay = 0.05
+        if self._since - self._connected > STEADY:
+            self._delay = 0.0
         while not self._closed and self._channel is None:
-            try:
+            with self._condition:
+                if self._delay and not self._closed:
+                    self._condition.wait(self._delay)
+            self._delay = min(max(0.05, 2 * self._delay), 2.0)
+            with contextlib.suppress(GlakeError, OSError):
                 self._connect(first=False)
-            except (GlakeError, OSError) as error:
-                log.debug("no broker yet: %s", error)
-                with self._condition:
-                    if not self._closed:
-                        self._condition.wait(delay)
-                delay = min(2 * delay, 2.0)
 
     def _connect(self, first: bool) -> None:
         channel = self._dial()
@@ -526,7 +541,7 @@ class Client:
                         channel.close()
                         return
                     self._channel = channel
-                    self._heard = time.monotonic()
+                    self._heard = self._connected = time.monotonic()
                     self.connected = True
                     self.reconnections += not first
                     self._condition.notify_all()
@@ -707,7 +722,7 @@ def _welcome(channel: Channel, number: int) -> protocol.Welcome:
             if isinstance(message, protocol.Welcome):
                 return message
     except OtherVersionError as error:
-        raise GlakeError(str(error)) from error
+        raise BrokerError(str(error)) from error
     except OSError as error:
         raise BrokerGoneError(f"the broker does not answer: {error}") from error
     raise BrokerGoneError("the broker ended the connection.")
@@ -722,7 +737,7 @@ def _error_of(refusal: protocol.Refusal) -> GlakeError:
         return SupersededError(refusal.message)
     if refusal.reason == "full":
         return DriverError(refusal.message)
-    return GlakeError(refusal.message)
+    return BrokerError(refusal.message)
 
 
 def _forget_connections() -> None:

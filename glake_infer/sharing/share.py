@@ -130,9 +130,12 @@ class Share:
 
     # Bringing in.
 
-    def bring(self, user: int, chunks: Iterable[int], fill: Fill, verify: Verify) -> None:
+    def bring(
+        self, user: int, chunks: Iterable[int], fill: Fill, verify: Verify, *, alone: bool = False
+    ) -> None:
         """Give chunks that are loading their memory, and say `loaded` of each to the native pool.
 
+        alone: without the broker, in memory that nobody else gets until this process is introduced to another.
         Raises OutOfMemoryError, SupersededError (begin the use again), AlteredError, DriverError, and what `fill` does; what
         is not loaded is still loading then, and the caller says that it failed.
         """
@@ -142,6 +145,8 @@ class Share:
         wait = full = False
         while left:
             try:
+                if alone:
+                    raise BrokerGoneError("it was not asked.")
                 answer, descriptors = self._client.acquire(list(left), wait=wait, full=full)
             except BrokerGoneError:
                 self._make_alone(user, list(left.values()), fill, verify)
@@ -233,8 +238,7 @@ class Share:
     def _alone(self, user: int, numbers: list[int], memories: list[ChunkMemory]) -> None:
         self._memories.update(zip(numbers, memories, strict=True))
         self._native.loaded(user, numbers)
-        if self._client.connected:  # it does not know of these
-            self._client.renew()
+        self._client.renew()  # if there is one by now, it does not know of these
 
     # Ending.
 
