@@ -214,6 +214,8 @@ class Residency:
                 if cls._by_device.get(pool.device) is table:
                     del cls._by_device[pool.device]
         table._finalizer()
+        if table.share:
+            table.share.close()
 
     def hold(
         self,
@@ -833,7 +835,7 @@ def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
         with contextlib.suppress(Exception):
             native.remove_region(number)
     if share:
-        share.close()
+        share.close(wait=False)
 
 
 Span = tuple[int, int]

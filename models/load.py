@@ -318,7 +318,7 @@ def _build_session(
         holding.close()
         if stream:
             _give_stream_back(gpu_index(pool.device), stream)
-        if isinstance(error, OutOfMemoryError):
+        if isinstance(error, OutOfMemoryError) and not error.refusal:  # a broker's figures are not the pool's
             raise _with_session(error, own) from error
         raise
     weakref.finalize(session, _session_ended, holding, pool.device, stream).atexit = False

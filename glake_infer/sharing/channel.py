@@ -229,6 +229,13 @@ class Channel:
             if not self.pull():
                 return None
 
+    def finish(self, timeout: float) -> None:
+        """Send no more, and let the other side read to the end: without that it may only see a broken connection."""
+        self.socket.shutdown(socket.SHUT_WR)
+        self.socket.settimeout(timeout)
+        while self.pull():
+            self._frames.close()
+
     def close(self) -> None:
         """End the connection."""
         with contextlib.suppress(OSError):

@@ -62,6 +62,9 @@ BLOCKED = 10.0
 ATTEMPTS = 3
 """How many brokers are asked the same, where one after the other goes before it answers."""
 
+PARTING = 1.0
+"""Seconds that a broker may take to see that a client has ended."""
+
 STEADY = 2.0
 """Seconds that a connection lasts if it is worth to look for the next one at once."""
 
@@ -190,11 +193,10 @@ class Client:
         self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._connect(first=True)
             self._native.share(self._grow, self._event)
+            self._connect(first=True)
         except BaseException:
-            if self._channel:
-                self._channel.close()
+            self._native.share(None, -1)
             os.close(self._event)
             raise
         Client._all.add(self)
@@ -227,11 +229,11 @@ class Client:
         self, chunks: Sequence[ChunkMemory], descriptors: Sequence[int], read: int, seconds: float
     ) -> None:
         """Hand in what was made. Raises AlteredError, SupersededError, BrokerGoneError; it is not the broker's then."""
+        message = protocol.Loaded(chunks=list(chunks), read=read, seconds=seconds)
+        self._ask(message, protocol.Done, descriptors)
         self.loads += len(chunks)
         self.load_bytes += read
         self.load_seconds += seconds
-        message = protocol.Loaded(chunks=list(chunks), read=read, seconds=seconds)
-        self._ask(message, protocol.Done, descriptors)
 
     def failed(self, chunks: Iterable[str]) -> None:
         """These are not made. Does not wait."""
@@ -281,28 +283,42 @@ class Client:
             hit_bytes=self.hit_bytes,
         )
 
-    def close(self) -> None:
-        """Say goodbye. Nothing of the broker's may be in use any more. Closing twice is fine."""
-        with self._condition:
-            if self._closed or os.getpid() != self._process:
-                return
+    def close(self, *, wait: bool = True) -> None:
+        """Say goodbye, in the thread that receives. Nothing of the broker's may be in use any more. Twice is fine.
+
+        Without `wait` it takes no lock, and may be called wherever a finalizer is.
+        """
+        if os.getpid() != self._process:
+            return
+        if not self._closed:
+            self._wake()  # first: it is closed once the other thread sees what follows
             self._closed = True
+        if wait:
+            with self._condition:
+                self._condition.notify_all()
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join(BLOCKED)
+
+    def _end(self) -> None:
+        self._native.share(None, -1)
+        self._tasks.put(None)
+        with self._condition:
             channel, self._channel = self._channel, None
             self.connected = False
             self._condition.notify_all()
-        self._native.share(None, -1)
-        self._tasks.put(None)
+            event, self._event = self._event, -1
         if channel:
             with contextlib.suppress(OSError, ProtocolError), self._sending:
                 channel.send(protocol.Bye())
+                channel.finish(PARTING)
             channel.close()
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._event, 1)
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(BLOCKED)
-        if not any(thread.is_alive() for thread in self._threads):
-            os.close(self._event)
+        os.close(event)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError, BlockingIOError):
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
 
     # Asking.
 
@@ -451,6 +467,7 @@ class Client:
                 self._watch(channel)
             except (OSError, ValueError, ProtocolError, BrokerGoneError) as error:
                 self._lost(channel, str(error))
+        self._end()
 
     def _watch(self, channel: Channel) -> None:
         """Somebody waits, and the broker says nothing: is it there?"""
@@ -491,11 +508,10 @@ class Client:
             self._since = time.monotonic()
             waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
+            self._wake()
         channel.close()
         for each in waiting:
             each.ready.set()
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._event, 1)
         if not self._closed:
             log.warning(
                 "the broker at %s is gone (%s). What is loaded goes on; looking for another.",
@@ -537,9 +553,6 @@ class Client:
                 self._disowned = {n: self._native.size_of(n) for n in numbers}
                 self._set_quota(answer.quota)
                 with self._condition:
-                    if self._closed:
-                        channel.close()
-                        return
                     self._channel = channel
                     self._heard = self._connected = time.monotonic()
                     self.connected = True

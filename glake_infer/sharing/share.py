@@ -246,6 +246,6 @@ class Share:
         """Let the broker let go of what became absent here, before this returns."""
         self._client.flush()
 
-    def close(self) -> None:
-        """End the connection."""
-        self._client.close()
+    def close(self, *, wait: bool = True) -> None:
+        """End the connection; without `wait`, wherever a finalizer may be."""
+        self._client.close(wait=wait)
