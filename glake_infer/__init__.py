@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from glake_infer.version import __version__
 
 _HOMES = {
+    "BrokerError": "allocators.errors",
     "ConvertReport": "models.convert",
     "DeviceArray": "models.device_array",
     "DeviceNotFoundError": "allocators.errors",
@@ -29,7 +30,7 @@ _HOMES = {
     "OutOfMemoryError": "allocators.errors",
     "Package": "models.package",
     "PackageError": "allocators.errors",
-    "Pool": "allocators.pool",
+    "Pool": "pool",
     "PoolClosedError": "allocators.errors",
     "PoolExistsError": "allocators.errors",
     "PoolInUseError": "allocators.errors",
@@ -46,12 +47,14 @@ _HOMES = {
     "import_archive": "models.archive",
     "inspect": "models.inspect",
     "load": "models.load",
+    "monitor": "models.status",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from glake_infer.allocators.errors import (
+        BrokerError,
         DeviceNotFoundError,
         DigestMismatchError,
         DriverError,
@@ -71,7 +74,7 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedVersionError,
     )
-    from glake_infer.allocators.pool import Pool, PoolStats
+    from glake_infer.allocators.pool import PoolStats
     from glake_infer.models.archive import export_archive, import_archive
     from glake_infer.models.convert import ConvertReport, convert
     from glake_infer.models.device_array import DeviceArray
@@ -82,6 +85,8 @@ if TYPE_CHECKING:
     from glake_infer.models.model import Model, ModelMemory
     from glake_infer.models.package import Package
     from glake_infer.models.runtime import Runtime
+    from glake_infer.models.status import monitor
+    from glake_infer.pool import Pool
     from glake_infer.store import Store
 
 

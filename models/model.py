@@ -109,6 +109,7 @@ class Model:
         self._libraries = 0
         _by_number[self._number] = self
         self._running = 0
+        self._runs = 0
         self._closed = False
         self._ending = self._ended = False  # the session, by close()
         self._spoiled = 0  # how many times a refused request left the session in disorder
@@ -227,6 +228,11 @@ class Model:
     def busy(self) -> bool:
         """Whether runs are in progress."""
         return self._open_holding().busy
+
+    @property
+    def runs(self) -> int:
+        """How many runs `run` has begun."""
+        return self._runs
 
     @property
     def closed(self) -> bool:
@@ -448,6 +454,7 @@ class Model:
             if self._closed:
                 raise self._is_closed()
             self._running += 1
+            self._runs += 1
             return self._spoiled
 
     def _end(self) -> None:
