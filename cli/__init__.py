@@ -16,7 +16,21 @@ from types import FrameType
 
 import typer
 
-from glake_infer.cli import bench, convert, demo, doctor, inspect, run, ship, store, trace, zoo
+from glake_infer.cli import (
+    bench,
+    broker,
+    convert,
+    demo,
+    doctor,
+    inspect,
+    report,
+    run,
+    ship,
+    store,
+    top,
+    trace,
+    zoo,
+)
 from glake_infer.cli.errors import reported
 from glake_infer.cli.group import Group
 from glake_infer.version import __version__
@@ -41,7 +55,7 @@ def _root() -> None:
     pass
 
 
-for _family in (convert, run, inspect, ship, store, zoo, demo, doctor, trace, bench):
+for _family in (convert, run, inspect, ship, store, broker, top, report, zoo, demo, doctor, trace, bench):
     _family.register(app)
 
 

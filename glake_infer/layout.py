@@ -84,12 +84,15 @@ def plan(
     granule: int,
     twin_of: Callable[[Item], Twin | None],
     tail_for: Callable[[int], int] = lambda size: 0,
+    *,
+    aligned: bool = False,
 ) -> list[Region]:
     """Lay items out in regions: one for all, and one each for large weights that may be shared in part.
 
     Groups lie in the order of their first item. `twin_of` finds the placed weight that a large one resembles.
     `tail_for`, asked with the bytes that are to be packed, says how many bytes of an earlier region's last granule are
-    used; 0 where there is none to go on in.
+    used; 0 where there is none to go on in. With `aligned` every group begins at a granule, whatever that takes, and
+    there are no tails: a chunk then has weights of one group only.
     """
     total = sum(item.size for item in items)
     spare = total // 100  # bytes of padding that may be spent
@@ -107,12 +110,12 @@ def plan(
         else:
             groups.setdefault(item.group, []).append(item)
     left = sum(_up(item.size, ALIGNMENT) for members in groups.values() for item in members)
-    if left and granule > total // 100:
+    if left and granule > total // 100 and not aligned:
         packed.end = tail_for(left)
     in_tail = packed.end > 0
     for members in groups.values():
         padding = -packed.end % granule
-        if padding <= spare and not (in_tail and not packed.offsets):
+        if aligned or (padding <= spare and not (in_tail and not packed.offsets)):
             spare -= padding
             packed.end += padding
         packed.borders.add(packed.end)
@@ -122,7 +125,7 @@ def plan(
             packed.sizes[item.digest] = item.size
             packed.end += item.size
     if packed.offsets:
-        regions.insert(0, _cut(packed, granule, in_tail))
+        regions.insert(0, _cut(packed, granule, in_tail, tail=not aligned))
     return regions
 
 
@@ -148,10 +151,12 @@ def _parted(item: Item, granule: int, twin: Twin | None) -> Region:
     return Region({item.digest: 0}, tuple(chunks), used, False, tuple(shared), item)
 
 
-def _cut(packed: _Packed, granule: int, in_tail: bool) -> Region:
+def _cut(packed: _Packed, granule: int, in_tail: bool, tail: bool) -> Region:
     """Cut the packed weights into chunks: a granule that a border falls into is one by itself, and so is a tail."""
     end = _up(packed.end, granule)
-    bounds = {0, end, packed.end // granule * granule}
+    bounds = {0, end}
+    if tail:
+        bounds.add(packed.end // granule * granule)
     if in_tail:
         bounds.add(granule)
     for border in packed.borders:

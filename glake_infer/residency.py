@@ -36,13 +36,20 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from glake_infer import layout
-from glake_infer.allocators.errors import DriverError, ForkedProcessError, GlakeError, StoreError
+from glake_infer.allocators.errors import (
+    BrokerError,
+    DriverError,
+    ForkedProcessError,
+    GlakeError,
+    StoreError,
+)
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range, is_digest
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.client import AlteredError, BrokerGoneError, SupersededError
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
 from glake_infer.sharing.share import Share, placed_alone
+from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
 from glake_infer.transfers import Device, Part, device_for
 
@@ -178,6 +185,7 @@ class Residency:
         self._renewals = 0  # how many of them were dropped because they had become old
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._rate = 0.0  # bytes per second of the last load
+        self._loads = (0, 0, 0.0)  # chunks, bytes, seconds, of all loads
         numbers = self._numbers = set[int]()
         self._finalizer = weakref.finalize(self, _end, self._native, numbers, share)
         self._finalizer.atexit = False
@@ -273,6 +281,14 @@ class Residency:
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+
+    @property
+    def transfers(self) -> TransferStatus:
+        """What was loaded from files so far; with a broker also what came without a load."""
+        if self.share:
+            return self.share.transfers
+        loads, size, seconds = self._loads
+        return TransferStatus(loads=loads, bytes=size, seconds=seconds, hits=0, hit_bytes=0)
 
     @property
     def rate(self) -> float:
@@ -379,6 +395,11 @@ class Residency:
             for weight in spec.weights:
                 regions[weight.digest] = (region, weight)
         for item in with_bytes:
+            if item.digest not in regions:
+                raise BrokerError(
+                    f"the broker at {self.share.socket} gave the weight {item.digest} no place. It is none of ours, or has "
+                    "a defect: restart it."
+                )
             region, weight = regions[item.digest]
             if weight.mapped < item.mapped:
                 raise self._shorter(item, weight.mapped)
@@ -606,10 +627,13 @@ class Residency:
                 with self._locked():
                     for chunk, kept in borrowed:
                         self._let_go(chunk, kept, reader)
-        done = sum(part.size for part in parts) + sum(size for _, _, size in copies)
+        seconds, size = time.perf_counter() - start, sum(part.size for part in parts)
+        with self._locked():
+            self._loads = (self._loads[0] + len(chunks), self._loads[1] + size, self._loads[2] + seconds)
+        done = size + sum(size for _, _, size in copies)
         if self._copies and done >= TELLING:
-            self._rate = done / (time.perf_counter() - start)
-        return sum(part.size for part in parts)
+            self._rate = done / seconds
+        return size
 
     def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
         """Whoever wanted a copy wants it no more; the last one frees it."""

@@ -32,6 +32,7 @@ from glake_infer.models.model import Model, Sharing, gpu_index
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
+from glake_infer.models.status import monitor_if_asked
 from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool
 from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Span, Wanted, mappings_of
@@ -105,6 +106,7 @@ def load(
     Runtime, or none for CUDA); nothing stays loaded after an error.
     """
     runtime = import_onnxruntime()
+    monitor_if_asked()
     if sharing not in ("fast", "lean"):
         raise InputError(f"sharing={sharing!r}: expected 'fast' or 'lean'.")
     levels = {

@@ -13,6 +13,7 @@ process has; where none comes within `PATIENCE` seconds they raise BrokerGoneErr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import logging
@@ -67,6 +68,9 @@ PARTING = 1.0
 
 STEADY = 2.0
 """Seconds that a connection lasts if it is worth to look for the next one at once."""
+
+SLACK = 8 << 20
+"""Bytes more than it needs that a pool takes where there is no broker to ask."""
 
 IDLE_EXIT = 60
 """Seconds after which a broker that was started on demand ends, when it has no clients."""
@@ -157,13 +161,15 @@ class Client:
         *,
         starts: bool,
         held: Callable[[], Held],
+        gone: Callable[[int], str | None],
         token_of: Callable[[int], str | None],
         number_of: Callable[[str], int | None],
     ) -> None:
         """Connect, starting a broker if `starts` and there is none.
 
         held, token_of, number_of
-            What the residency knows of chunks; called from any thread, must take no lock.
+            What the residency knows of chunks; called from any thread, must take no lock. `gone` is token_of for a chunk
+            that became absent.
 
         Raises BrokerGoneError (nobody there), GlakeError (another version or user, or the broker refused).
         """
@@ -176,7 +182,7 @@ class Client:
         self._device = device
         self._shown = shown
         self._starts = starts
-        self._held, self._token_of, self._number_of = held, token_of, number_of
+        self._held, self._gone, self._token_of, self._number_of = held, gone, token_of, number_of
         self._quota = 0
         self._disowned: dict[int, int] = {}  # by chunk: bytes that are the quota's, and no broker's
         self._channel: Channel | None = None
@@ -185,6 +191,8 @@ class Client:
         self._condition = threading.Condition()  # of _channel, connected, _waiting
         self._sending = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
+        self._renewals = 0  # how often something was made that no broker knew of
+        self._told: _Waiting | None = None  # the last word of what became absent
         self._ids = itertools.count(1)
         self._heard = self._since = self._connected = (
             time.monotonic()
@@ -223,7 +231,16 @@ class Client:
         self, chunks: Sequence[str], *, wait: bool, full: bool
     ) -> tuple[protocol.Acquired, list[int]]:
         """Ask for chunks; the descriptors are the caller's. Raises OutOfMemoryError, BrokerGoneError."""
-        return self._ask(protocol.Acquire(chunks=list(chunks), wait=wait, full=full), protocol.Acquired)
+        message = protocol.Acquire(chunks=list(chunks), wait=wait, full=full)
+        answer, descriptors = self._ask(message, protocol.Acquired)
+        told = [*(memory.chunk for memory in answer.given), *answer.make, *answer.pending]
+        if len(answer.given) != len(descriptors) or sorted(told) != sorted(chunks):
+            close_all(descriptors)
+            raise BrokerError(
+                f"the broker at {self.socket} gave {len(answer.given)} chunks with {len(descriptors)} descriptors, or "
+                "told of other chunks than were asked for. It is none of ours, or has a defect: restart it."
+            )
+        return answer, descriptors
 
     def loaded(
         self, chunks: Sequence[ChunkMemory], descriptors: Sequence[int], read: int, seconds: float
@@ -253,16 +270,22 @@ class Client:
         self.hit_bytes += size
 
     def flush(self) -> None:
-        """Tell the broker what became absent, and wait until it has let go of it too."""
-        try:
-            for waiting in self._flush(wait=True):
-                self._wait(waiting)
-        except BrokerGoneError:
-            pass
+        """Tell the broker what became absent, and wait until it has let go of it too, whichever thread told it."""
+        with self._sending:
+            self._send_gone()
+            told = self._told
+        if told:
+            told.ready.wait()
+
+    def collect(self) -> None:
+        """Tell what became absent, if there is a broker to tell: what comes now is not to be taken for it."""
+        with self._sending:
+            self._send_gone()
 
     def renew(self) -> None:
         """Something was made while there was no broker: introduce it to the one that came meanwhile."""
         with self._condition:
+            self._renewals += 1
             channel = self._channel
         if channel:
             self._lost(channel, "some memory was made without it")
@@ -283,7 +306,7 @@ class Client:
             hit_bytes=self.hit_bytes,
         )
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, *, wait: bool = True, timeout: float = BLOCKED) -> None:
         """Say goodbye, in the thread that receives. Nothing of the broker's may be in use any more. Twice is fine.
 
         Without `wait` it takes no lock, and may be called wherever a finalizer is.
@@ -298,7 +321,7 @@ class Client:
                 self._condition.notify_all()
             for thread in self._threads:
                 if thread is not threading.current_thread():
-                    thread.join(BLOCKED)
+                    thread.join(timeout)
 
     def _end(self) -> None:
         self._native.share(None, -1)
@@ -351,7 +374,7 @@ class Client:
 
     def _tell(self, message: protocol.Request) -> None:
         with self._sending:
-            self._send_gone(wait=False)
+            self._send_gone()
             self._send(message, (), waits=False)
 
     def _ask(
@@ -361,7 +384,7 @@ class Client:
             self._open()
             try:
                 with self._sending:
-                    self._send_gone(wait=False)
+                    self._send_gone()
                     waiting = self._send(message, descriptors, waits=True)
                 assert waiting is not None
                 answer = self._wait(waiting)
@@ -402,46 +425,40 @@ class Client:
 
     # What became absent.
 
-    def _flush(self, wait: bool) -> list[_Waiting]:
-        with self._sending:
-            return self._send_gone(wait)
-
-    def _send_gone(self, wait: bool) -> list[_Waiting]:
+    def _send_gone(self) -> None:
         """Tell what became absent, under the lock of `_sending`."""
         gone: dict[bool, list[str]] = {True: [], False: []}
         for number, drop in self._native.take_gone():
             self._disowned.pop(number, None)
-            if token := self._token_of(number):
+            if token := self._gone(number):
                 gone[drop].append(token)
-        waiting = []
         for drop, tokens in gone.items():
             if tokens:
                 with contextlib.suppress(BrokerGoneError):
-                    waiting.append(self._send(protocol.Released(chunks=tokens, drop=drop), (), waits=wait))
-        return [each for each in waiting if each]
+                    self._told = self._send(protocol.Released(chunks=tokens, drop=drop), (), waits=True)
 
     # The pool asks for more private memory, in any thread, without its lock.
 
     def _grow(self, quota: int, full: bool) -> str:
         """Empty, or why there is no more."""
-        slack = max(quota // 8, 8 << 20 if self._device.name == "cpu" else 64 << 20)
+        quota += self._apart()
         try:
-            for wanted in (quota + slack, quota):
-                try:
-                    self._ask(protocol.Grow(quota=wanted, full=full), protocol.Granted)
-                    return ""
-                except OutOfMemoryError as error:
-                    refused = str(error)
+            self._ask(protocol.Grow(quota=quota, full=full), protocol.Granted)
         except BrokerGoneError:
-            self._set_quota(quota + slack)  # nobody else asks for it either
-            return ""
+            self._set_quota(quota + max(quota // 8, SLACK))  # nobody else asks for it either
+        except OutOfMemoryError as error:
+            return str(error)
         except GlakeError as error:
             return f"The broker at {self.socket} failed: {error}"
-        return refused
+        return ""
 
     def _set_quota(self, quota: int) -> None:
-        apart = sum(list(self._disowned.values()))
+        apart = self._apart()
         self._quota = self._native.set_quota(max(0, quota - apart)) + apart
+
+    def _apart(self) -> int:
+        """Bytes of chunks that are the quota's: the native pool counts them as shared."""
+        return sum(list(self._disowned.values()))
 
     # Receiving.
 
@@ -452,18 +469,20 @@ class Client:
                 self._reconnect()
                 continue
             try:
+                while (found := channel.next()) is not None:  # it may have come with the last answer
+                    self._take(channel, *found)
                 ready, _, _ = select.select([channel.socket, self._event], [], [], 1.0)
                 if self._event in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._event)
-                    self._flush(wait=False)
+                    with self._sending:
+                        self._send_gone()
                 if channel.socket in ready:
                     if not channel.pull():
                         self._lost(channel, "it ended")
                         continue
                     self._heard = time.monotonic()
-                    while (found := channel.next()) is not None:
-                        self._take(channel, *found)
+                    continue
                 self._watch(channel)
             except (OSError, ValueError, ProtocolError, BrokerGoneError) as error:
                 self._lost(channel, str(error))
@@ -537,6 +556,7 @@ class Client:
         descriptors: list[int] = []
         try:
             with self._sending:  # what becomes absent from here on is told after it
+                renewals = self._renewals
                 resume = self._resume(descriptors)
                 number = next(self._ids)
                 hello = protocol.Hello(
@@ -553,6 +573,9 @@ class Client:
                 self._disowned = {n: self._native.size_of(n) for n in numbers}
                 self._set_quota(answer.quota)
                 with self._condition:
+                    if self._renewals != renewals:  # it was not told of everything: once more
+                        channel.close()
+                        return
                     self._channel = channel
                     self._heard = self._connected = time.monotonic()
                     self.connected = True
@@ -639,7 +662,7 @@ class Client:
             try:
                 if isinstance(request, protocol.Give):
                     with self._sending:
-                        self._send_gone(wait=False)
+                        self._send_gone()
                         self._answer(channel, request, self._give(request))
                 else:
                     answer = self._do(request)
@@ -716,7 +739,8 @@ def process_name() -> str:
         return name[:200]
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
-    return str(spec.name if spec and spec.name else Path(sys.argv[0] or "python").name)[:200]
+    program = sys.argv[0] if sys.argv and sys.argv[0] not in ("", "-", "-c", "-m") else sys.executable
+    return str(spec.name.removesuffix(".__main__") if spec and spec.name else Path(program).name)[:200]
 
 
 def new_memory() -> str:
@@ -763,4 +787,11 @@ def _forget_connections() -> None:
         client.connected = False
 
 
+def _say_goodbye() -> None:
+    """At the end of the process, whose memory goes with it."""
+    for client in list(Client._all):
+        client.close(timeout=PARTING)
+
+
 os.register_at_fork(after_in_child=_forget_connections)
+atexit.register(_say_goodbye)

@@ -9,16 +9,16 @@ beside the bytes of the body (SCM_RIGHTS), in the order in which the body names 
 answer names it in `to`; both sides ask and answer, and answers may come in any order.
 
 The life of a client
-    It says Hello and gets Welcome, or Refusal and the end of the connection. An observer (`device` is None) may ask for Status
-    and nothing else.
+    It says Hello and gets Welcome, or Refusal and the end of the connection. An observer (`device` is None) may ask for
+    Status and nothing else.
     Place: it names the weights of a model, the broker says in which regions, cut into which chunks, they lie. Everybody
     reserves addresses of its own for a region. A client refers to the regions that it was told of until Forget, or its end.
     Acquire: it needs these chunks. Each is given (a descriptor), or to be made by this client, or pending: somebody else is
     making it. With `wait` the answer comes once at least one of them is no longer pending. The broker has counted the memory
     of what is to be made. Who makes chunks fills them (from the files of ALL weights that lie in them, zeros between), and
     says Loaded with descriptors, or Failed; only then does it wait for what is pending, so nobody waits in a circle.
-    Loaded: the broker checks the bytes (host: the sealed memory against the files, and the files against their digests; CUDA:
-    the files) and answers Done, or Refusal `altered`; then the chunks are as after Failed.
+    Loaded: the broker checks the bytes (host: the sealed memory against the files, and the files against their digests;
+    CUDA: the files) and answers Done, or Refusal `altered`; then the chunks are as after Failed.
     Released: it has unmapped these. Sent before any Acquire of the same chunk: the order of messages is the order of things.
     Grow: its pool needs more private memory (activations, workspaces). The answer is its new quota, or Refusal `memory`.
 

@@ -56,6 +56,7 @@ class Share:
             socket,
             starts=starts,
             held=self._held,
+            gone=self._gone,
             token_of=self._tokens.get,
             number_of=self._numbers.get,
         )
@@ -64,6 +65,10 @@ class Share:
 
     def _held(self) -> Held:
         return Held(list(self._regions.values()), list(self._memories.items()))
+
+    def _gone(self, chunk: int) -> str | None:
+        self._memories.pop(chunk, None)
+        return self._tokens.get(chunk)
 
     @property
     def socket(self) -> Path:
@@ -226,6 +231,7 @@ class Share:
     def _make_alone(self, user: int, numbers: list[int], fill: Fill, verify: Verify) -> None:
         """Make chunks while there is no broker."""
         verify(numbers)
+        self._client.collect()
         for number in numbers:
             self._native.make(number)
         fill(numbers)

@@ -133,6 +133,34 @@ def test_any_weights_behind_a_tail(seed, granule):
 
 
 @granules
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_weights_with_groups_in_chunks_of_their_own(seed, granule):
+    """Aligned: a chunk has weights of one group, nothing goes into a tail, and no granule more is taken than a group needs."""
+    items = random_items(seed)
+    regions = layout.plan(items, granule, no_twin, lambda size: pytest.fail("no tails"), aligned=True)
+    sizes = {item.digest: item.size for item in items}
+    groups = {item.digest: item.group for item in items}
+    assert sorted(d for region in regions for d in region.offsets) == sorted(sizes)
+    for region in regions:
+        assert not region.in_tail
+        assert sum(region.used) == sum(sizes[d] for d in region.offsets)
+        bounds = ends(region.chunks)
+        of_chunk = [set() for _ in region.chunks]
+        needed = {}
+        for digest, offset in region.offsets.items():
+            assert offset % ALIGNMENT == 0
+            needed[groups[digest]] = needed.get(groups[digest], 0) + up(sizes[digest], ALIGNMENT)
+            for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+                if offset < end and offset + sizes[digest] > start:
+                    of_chunk[index].add(groups[digest])
+        assert all(len(found) == 1 for found in of_chunk)
+        assert bounds[-1] == sum(up(size, granule) for size in needed.values())
+        assert all(size % granule == 0 for size in region.chunks)
+        if not region.parted:
+            assert len(region.chunks) == sum(-(-up(n, granule) // LARGEST_CHUNK) for n in needed.values())
+
+
+@granules
 def test_no_weights(granule):
     assert layout.plan([], granule, no_twin, lambda size: pytest.fail("nothing to pack")) == []
 

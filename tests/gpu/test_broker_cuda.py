@@ -187,7 +187,7 @@ def test_a_second_process_loads_nothing_and_adds_no_weights(start, expected):
     assert theirs["transfers"]["hit_bytes"] == theirs["shared"] == mine["shared"] > 20 * MiB
     both = free()
     assert first("suspend a")["shared"] == 0
-    assert abs(free() - both) < 3 * MiB  # the second still has it; the first gave private memory back
+    assert free() - both < 8 * MiB  # private memory: the second still has the weights
     second("suspend a")
     settled(lambda: free() - both > 20 * MiB)
     assert right(first("run a"), expected["a"])["outputs"] == mine["outputs"]
