@@ -98,27 +98,25 @@ bool is_finalizing() {
 #endif
 }
 
-void share(Pool& pool, nb::object grower, int gone_event) {
-  Pool::Grower asks;
-  if (!grower.is_none()) {
-    // The native pool may outlive the interpreter.
-    const std::shared_ptr<PyObject> kept(grower.release().ptr(), [](PyObject* object) {
-      if (Py_IsInitialized() == 0 || is_finalizing()) return;
-      const nb::gil_scoped_acquire locked;
-      Py_DECREF(object);
-    });
-    asks = [kept](std::size_t quota, bool full) -> std::string {
-      if (Py_IsInitialized() == 0 || is_finalizing()) return "the process is ending.";
-      const nb::gil_scoped_acquire locked;
-      try {
-        return nb::cast<std::string>(nb::handle(kept.get())(quota, full));
-      } catch (const nb::python_error& error) {
-        return error.what();
-      }
-    };
-  }
+bool share(Pool& pool, nb::object grower, int gone_event) {
+  // The native pool may outlive the interpreter.
+  const std::shared_ptr<PyObject> kept(grower.release().ptr(), [](PyObject* object) {
+    if (Py_IsInitialized() == 0 || is_finalizing()) return;
+    const nb::gil_scoped_acquire locked;
+    Py_DECREF(object);
+  });
+  const auto asks = [kept](std::size_t quota, bool full) -> std::string {
+    if (Py_IsInitialized() == 0 || is_finalizing()) return "the process is ending.";
+    const nb::gil_scoped_acquire locked;
+    try {
+      return nb::cast<std::string>(nb::handle(kept.get())(quota, full));
+    } catch (const nb::python_error& error) {
+      if (error.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // the main thread's, when this has returned
+      return error.what();
+    }
+  };
   const nb::gil_scoped_release unlocked;
-  pool.share(std::move(asks), gone_event);
+  return pool.share(asks, gone_event);
 }
 
 Weights::Kind parse_kind(const std::string& kind) {
@@ -314,8 +312,9 @@ NB_MODULE(_native, module) {
       .def(
           "give_up", [](Pool& self, const std::vector<Weights::Id>& chunks) { return self.give_up(chunks); },
           "chunks"_a, Unlocked())
-      .def("share", &share, "grower"_a.none(), "gone_event"_a,
-           nb::sig("def share(self, grower: Callable[[int, bool], str] | None, gone_event: int) -> None"))
+      .def("share", &share, "grower"_a, "gone_event"_a,
+           nb::sig("def share(self, grower: Callable[[int, bool], str], gone_event: int) -> bool"))
+      .def("unshare", &Pool::unshare, "gone_event"_a, Unlocked())
       .def("set_quota", &Pool::set_quota, "quota"_a, Unlocked())
       .def(
           "loaded",

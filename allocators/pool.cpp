@@ -275,13 +275,14 @@ Range* Pool::acquire(Heap& heap, std::size_t bytes) {
     try {
       if (Range* range = acquire_once(heap, bytes)) return range;
     } catch (const DeviceFullError&) {
-      if (resident_.evict(bytes, true) == 0) throw;
+      if (resident_.evict(bytes, Weights::Which::own) == 0) throw;
       continue;
     }
     if (bytes > chunks_.limit()) return nullptr;
     const std::size_t needed = plus(in_use(), heap.needed(bytes));
     const std::size_t missing = needed > chunks_.limit() ? needed - chunks_.limit() : bytes;
-    if (resident_.evictable() < missing || resident_.evict(missing) == 0) return nullptr;
+    const Weights::Which which = evictable_now();
+    if (resident_.evictable(which) < missing || resident_.evict(missing, which) == 0) return nullptr;
   }
 }
 
@@ -319,7 +320,12 @@ std::size_t Pool::limit_with(std::size_t shared) const noexcept {
   return std::min(limit_, quota_ > no_quota - shared ? no_quota : quota_ + shared);
 }
 
-bool Pool::quota_binds() const noexcept { return limit_with(shared_) < limit_; }
+bool Pool::quota_binds(std::size_t shared) const noexcept { return limit_with(shared_ + shared) < limit_; }
+
+// What is of use against the tighter one of limit and quota.
+Weights::Which Pool::evictable_now() const noexcept {
+  return quota_binds(0) ? Weights::Which::own : Weights::Which::all;
+}
 
 // Asks the grower where a request found no room, and tries again.
 template <class Request>
@@ -347,7 +353,7 @@ std::optional<std::string> Pool::grow(const OutOfMemory& record) {
     if (!grower_) return std::nullopt;
     // What is above the limit has to come from shared weights, once the quota does not bind any more.
     const std::size_t above = record.needed_limit > limit_ ? record.needed_limit - limit_ : 0;
-    if (above > std::min(shared_, resident_.evictable(true))) return std::nullopt;
+    if (above > std::min(shared_, resident_.evictable(Weights::Which::all))) return std::nullopt;
     grower = grower_;
     quota = record.needed_limit - std::min(record.needed_limit, shared_);
     if (quota <= quota_) quota = plus(quota_, record.requested);  // it was raised meanwhile, or did not do
@@ -356,25 +362,39 @@ std::optional<std::string> Pool::grow(const OutOfMemory& record) {
   return (*grower)(quota, record.device_full);
 }
 
-void Pool::share(Grower grower, int gone_event) {
-  std::shared_ptr<const Grower> asked = grower ? std::make_shared<const Grower>(std::move(grower)) : nullptr;
-  const Operation operation(*this);  // the old one is destroyed without the lock: it may take the interpreter's
-  if (debug_ && asked) throw LimitTooLow(0, debug_->active());
-  grower_.swap(asked);
+bool Pool::share(Grower grower, int gone_event) {
+  auto asked = std::make_shared<const Grower>(std::move(grower));
+  const Operation operation(*this);
+  if (debug_) throw LimitTooLow(0, debug_->active());
+  if (grower_) return false;
+  grower_ = std::move(asked);
+  gone_event_ = gone_event;
   resident_.tell_gone(gone_event);
-  quota_ = grower_ ? chunks_.reserved() - shared_ : no_quota;
+  quota_ = chunks_.reserved() - shared_;
+  chunks_.set_limit(limit_with(shared_));
+  return true;
+}
+
+void Pool::unshare(int gone_event) {
+  std::shared_ptr<const Grower> old;  // destroyed without the lock: it may take the interpreter's
+  const Operation operation(*this);
+  if (!grower_ || gone_event_ != gone_event) return;
+  grower_.swap(old);
+  resident_.tell_gone(-1);
+  quota_ = no_quota;
   chunks_.set_limit(limit_with(shared_));
   resident_changed_.notify_all();
 }
 
 std::size_t Pool::set_quota(std::size_t quota) {
   const Operation operation(*this);
+  if (!grower_) return quota;
   const auto own = [&] { return chunks_.reserved() - shared_; };
   if (own() > quota) {
     collect_graphs();
     flush_all();
     chunks_.give_back(own() - quota, false);
-    if (own() > quota) resident_.drop_unused(own() - quota);
+    if (own() > quota) resident_.drop_unused(own() - quota, Weights::Which::own);
   }
   quota_ = std::max(quota, own());
   chunks_.set_limit(limit_with(shared_));
@@ -457,7 +477,7 @@ Address Pool::allocate_in_debug(std::size_t bytes, Tag tag, StreamHandle stream,
   try {
     if (bytes <= most_bytes / 2) {
       address = debug_->allocate(bytes, tag, stream, thread_label(), stack);
-      if (address == 0 && resident_.evict(bytes) != 0) {
+      if (address == 0 && resident_.evict(bytes, Weights::Which::all) != 0) {
         address = debug_->allocate(bytes, tag, stream, thread_label(), std::move(stack));
       }
     }
@@ -629,7 +649,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
   while (!reserve(pages, false)) {
-    if (resident_.evict(pages) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
+    if (resident_.evict(pages, evictable_now()) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
   try {
@@ -682,13 +702,13 @@ std::size_t Pool::trim(std::size_t target) {
 void Pool::set_limit(std::size_t limit) {
   const Operation operation(*this);
   if (debug_) {
-    if (debug_->active() > limit) resident_.evict(debug_->active() - limit);
+    if (debug_->active() > limit) resident_.evict(debug_->active() - limit, Weights::Which::all);
     if (!debug_->set_limit(limit)) throw LimitTooLow(limit, debug_->active());
   }
   collect_graphs();
   if (chunks_.reserved() > limit) {
     flush_all();
-    if (in_use() > limit) resident_.evict(in_use() - limit);
+    if (in_use() > limit) resident_.evict(in_use() - limit, Weights::Which::all);
     if (in_use() > limit) throw LimitTooLow(limit, in_use());
     chunks_.give_back(chunks_.reserved() - limit, false);
     if (chunks_.reserved() > limit) throw LimitTooLow(limit, chunks_.reserved());

@@ -260,10 +260,14 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void set_limit(std::size_t limit);
   // From now on the pool has a quota, at first of what it has reserved itself. `grower` is called, without the lock, from
   // any thread, when a request needs a quota of so many bytes (set_quota), or more room on the device (full); it returns
-  // why not, or nothing. `gone_event`: see Weights::tell_gone. Empty: no quota any more. Throws LimitTooLow in debug mode.
+  // why not, or nothing. `gone_event`: see Weights::tell_gone. False, and nothing changed, where the pool has a grower.
+  // Throws LimitTooLow in debug mode.
   using Grower = std::function<std::string(std::size_t quota, bool full)>;
-  void share(Grower grower, int gone_event);
-  // Gives idle memory back as far as needed; returns the quota then, which is not below what is in use.
+  [[nodiscard]] bool share(Grower grower, int gone_event);
+  // No grower and no quota any more, if that event belongs to the present ones.
+  void unshare(int gone_event);
+  // Gives idle memory back as far as needed; returns the quota then, which is not below what is in use. Nothing changes
+  // where there is no grower.
   std::size_t set_quota(std::size_t quota);
   // Changes the options. Throws LimitTooLow, with nothing changed, where memory is in use and debug would change.
   void configure(PoolOptions options);
@@ -307,7 +311,8 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] bool reserve(std::size_t bytes, bool shared) override;
   void unreserve(std::size_t bytes, bool shared) noexcept override;
   [[nodiscard]] std::size_t excess(std::size_t bytes, std::size_t shared) override;
-  [[nodiscard]] bool quota_binds() const noexcept override;
+  [[nodiscard]] bool quota_binds(std::size_t shared) const noexcept override;
+  [[nodiscard]] Weights::Which evictable_now() const noexcept;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
   void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;
@@ -367,6 +372,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::size_t quota_ = no_quota;
   std::size_t shared_ = 0;
   std::shared_ptr<const Grower> grower_;
+  int gone_event_ = -1;
   static constexpr std::size_t no_quota = ~std::size_t{0};
   std::unique_ptr<VirtualMemory> memory_;
   StreamOrder* const order_;  // null where there are no streams

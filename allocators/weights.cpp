@@ -267,12 +267,13 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
     }
     ++user.busy;  // so that nothing of it is evicted
     const std::size_t excess = budget_.excess(bytes, shared);
-    if (excess > evictable()) {
+    const Which which = budget_.quota_binds(shared) ? Which::own : Which::all;
+    if (excess > evictable(which)) {
       --user.busy;
       if (someone_else_is_busy(user)) return std::nullopt;
       throw NoRoom{bytes};
     }
-    if (excess != 0) evict(excess);  // at once: each call looks at every chunk
+    if (excess != 0) evict(excess, which);  // at once: each call looks at every chunk
     std::size_t present = 0;
     const auto undo = [&] {
       for (std::size_t i = 0; i < present; ++i) make_absent(*absent[i]);
@@ -307,7 +308,8 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
 
 void Weights::make_present(Chunk& chunk) {
   while (!budget_.reserve(chunk.bytes, chunk.shared())) {
-    if (evict(chunk.bytes) == 0) throw NoRoom{chunk.bytes};
+    const Which which = budget_.quota_binds(chunk.shared() ? chunk.bytes : 0) ? Which::own : Which::all;
+    if (evict(chunk.bytes, which) == 0) throw NoRoom{chunk.bytes};
   }
   reserved_ += chunk.bytes;
   if (chunk.shared()) shared_ += chunk.bytes;
@@ -318,7 +320,7 @@ void Weights::make_present(Chunk& chunk) {
         chunk.physical.emplace(memory_, chunk.bytes);
       } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
         budget_.give_back_idle();
-        evict(chunk.bytes, true);
+        evict(chunk.bytes, Which::own);
         chunk.physical.emplace(memory_, chunk.bytes);
       }
       for (const Address address : chunk.places) {
@@ -603,24 +605,23 @@ bool Weights::may_go(const Chunk& chunk) noexcept {
                      [](const User* user) { return user->busy == 0 && (!user->awake || user->evictable); });
 }
 
-std::size_t Weights::evict(std::size_t bytes, bool device_full) noexcept {
-  const bool keeps_shared = device_full || budget_.quota_binds();
+std::size_t Weights::evict(std::size_t bytes, Which which) noexcept {
   return drop(bytes, false,
-              [keeps_shared](const Chunk& chunk) { return may_go(chunk) && !(chunk.shared() && keeps_shared); });
+              [which](const Chunk& chunk) { return may_go(chunk) && (which == Which::all || !chunk.shared()); });
 }
 
-std::size_t Weights::evictable(bool whatever_quota) const noexcept {
+std::size_t Weights::evictable(Which which) const noexcept {
   std::size_t bytes = 0;
-  const bool keeps_shared = !whatever_quota && budget_.quota_binds();
   for (const auto& [id, chunk] : chunks_) {
-    if (chunk.shared() && keeps_shared) continue;
+    if (chunk.shared() && which == Which::own) continue;
     if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;
   }
   return bytes;
 }
 
-std::size_t Weights::drop_unused(std::size_t bytes) noexcept {
-  return drop(bytes, true, [](const Chunk& chunk) { return chunk.users.empty(); });
+std::size_t Weights::drop_unused(std::size_t bytes, Which which) noexcept {
+  return drop(bytes, true,
+              [which](const Chunk& chunk) { return chunk.users.empty() && (which == Which::all || !chunk.shared()); });
 }
 
 void Weights::check_invariants() const {

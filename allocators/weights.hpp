@@ -44,8 +44,9 @@ class WeightBudget {
   virtual void unreserve(std::size_t bytes, bool shared) noexcept = 0;
   // By how much that many bytes (and of them the shared ones) would exceed the limit, with all idle memory given back.
   [[nodiscard]] virtual std::size_t excess(std::size_t bytes, std::size_t shared) = 0;
-  // Whether the quota is nearer than the limit: then it is of no use that shared memory goes.
-  [[nodiscard]] virtual bool quota_binds() const noexcept = 0;
+  // Whether the quota is nearer than the limit, with so much more shared memory: then it is of no use that shared memory
+  // goes.
+  [[nodiscard]] virtual bool quota_binds(std::size_t shared) const noexcept = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
   // Counts bytes as active (and those asked for, by holder), or no longer.
@@ -156,13 +157,14 @@ class Weights {
 
   // The user is not busy (asked by the caller). What no awake user needs becomes absent; returns the bytes.
   std::size_t suspend(Id user);
-  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. None that are shared
-  // where the quota binds or the device is full: another process may keep their memory.
-  std::size_t evict(std::size_t bytes, bool device_full = false) noexcept;
-  // The bytes that evict() could make absent; or could if the quota did not bind.
-  [[nodiscard]] std::size_t evictable(bool whatever_quota = false) const noexcept;
+  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. Shared ones are of use
+  // only against the limit: not where the quota binds or the device is full, as another process may keep their memory.
+  enum class Which : std::uint8_t { all, own };
+  std::size_t evict(std::size_t bytes, Which which) noexcept;
+  // The bytes that evict() could make absent.
+  [[nodiscard]] std::size_t evictable(Which which) const noexcept;
   // Makes what has no user absent, until `bytes` are gone; returns the bytes.
-  std::size_t drop_unused(std::size_t bytes) noexcept;
+  std::size_t drop_unused(std::size_t bytes, Which which = Which::all) noexcept;
 
   [[nodiscard]] bool busy(Id user) const;
   // Whether a use of it takes, or keeps, memory that another could have.

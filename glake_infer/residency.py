@@ -171,6 +171,7 @@ class Residency:
         self.share = share
         self._process = os.getpid()
         self._lock = threading.RLock()  # of the tables below; see _locked
+        self._placing = threading.Lock()  # one model at a time is placed
         self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
         self._entries: dict[str, _Entry] = {}
         self._regions: dict[int, _Region] = {}
@@ -202,6 +203,8 @@ class Residency:
             if table is None:
                 wanted = pool.device != "cpu" or broker is not None if copies is None else copies
                 table = cls._by_device.get(pool.device)
+                if table and table.share and table.share.closed:
+                    table = None  # of a handle that was dropped
                 socket = table.share.socket if table and table.share else None
                 if table is None or table._copies != wanted or socket != (broker and broker.socket):
                     share = share_for(pool._open(), pool.device, broker) if broker else None
@@ -243,24 +246,30 @@ class Residency:
         for item in items.values():
             if not self._shares(item):  # the broker checks what it gives
                 self._verify(item)
-        with self._locked():
-            self._sweep()
-            missing = [item for item in items.values() if item.digest not in self._entries]
-            for item in items.values():
-                there = self._entries.get(item.digest)
-                if there and there.wanted.mapped < item.mapped:
-                    raise self._shorter(item, there.wanted.mapped)
-            self._place(missing)
-            entries = [self._entries[digest] for digest in items]
-            chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
-            number = self._native.add_user(chunks, evictable, priority)
-            for entry in entries:
-                entry.users[user] = entry.users.get(user, 0) + 1
-                entry.region.references += 1
-            addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
-            holding = Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
-            holding.regions = frozenset(entry.region for entry in entries)
-            return holding
+        while True:
+            with self._placing:
+                specs = self._places_of(items)
+                with self._locked():
+                    self._sweep()
+                    missing = [item for item in items.values() if item.digest not in self._entries]
+                    placed = {weight.digest for spec in specs for weight in spec.weights}
+                    if any(self._shares(i) and i.mapped and i.digest not in placed for i in missing):
+                        continue  # it went between the two looks at the tables
+                    for item in items.values():
+                        there = self._entries.get(item.digest)
+                        if there and there.wanted.mapped < item.mapped:
+                            raise self._shorter(item, there.wanted.mapped)
+                    self._place(missing, specs)
+                    entries = [self._entries[digest] for digest in items]
+                    chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
+                    number = self._native.add_user(chunks, evictable, priority)
+                    for entry in entries:
+                        entry.users[user] = entry.users.get(user, 0) + 1
+                        entry.region.references += 1
+                    addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
+                    holding = Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
+                    holding.regions = frozenset(entry.region for entry in entries)
+                    return holding
 
     def tokens(self, chunks: Iterable[int]) -> list[str]:
         """The broker's names of chunks; of those alone that are its."""
@@ -307,18 +316,23 @@ class Residency:
             with self._lock:
                 yield
         finally:
-            self._give_back_closed()
+            self._give_back_closed(wait=False)
 
     def _refuse_child(self) -> None:
         """A thread of the parent's may hold the lock for ever."""
         if os.getpid() != self._process:
             raise ForkedProcessError
 
-    def _give_back_closed(self) -> None:
+    def _give_back_closed(self, *, wait: bool) -> None:
+        """Without `wait`, whoever has the lock does it: a finalizer may run in a thread that that one waits for."""
         while self._closing and not self._lock._is_owned():  # type: ignore[attr-defined]
-            with self._lock:
+            if not self._lock.acquire(blocking=wait):
+                return
+            try:
                 while self._closing:
                     self._release(self._closing.popleft())
+            finally:
+                self._lock.release()
 
     @staticmethod
     def _shorter(item: Wanted, mapped: int) -> StoreError:
@@ -329,13 +343,13 @@ class Residency:
 
     # Placing.
 
-    def _place(self, missing: list[Wanted]) -> None:
+    def _place(self, missing: list[Wanted], specs: list[RegionSpec]) -> None:
         placed: list[_Region] = []
         try:
             self._place_files([item for item in missing if not self._copies or item.by_file], placed)
             missing = [item for item in missing if self._copies and not item.by_file]
             if self.share:
-                self._place_shared(missing, placed)
+                self._place_shared(missing, specs, placed)
                 return
             granule, tail = self._native.granularity, 0
 
@@ -371,7 +385,24 @@ class Residency:
     def _shares(self, item: Wanted) -> bool:
         return self.share is not None and not item.by_file
 
-    def _place_shared(self, missing: list[Wanted], placed: list[_Region]) -> None:
+    def _places_of(self, items: dict[str, Wanted]) -> list[RegionSpec]:
+        """Where the broker says that weights lie which are not here. It is asked without the lock."""
+        if not self.share:
+            return []
+        with self._locked():
+            self._sweep()
+            missing = [
+                i for i in items.values() if self._shares(i) and i.mapped and i.digest not in self._entries
+            ]
+            known = [region.spec for region in self._regions.values() if region.spec]
+        if not missing:
+            return []
+        try:
+            return self.share.place(specs_of(missing))
+        except BrokerGoneError:
+            return placed_alone(specs_of(missing), self._native.granularity, known)
+
+    def _place_shared(self, missing: list[Wanted], specs: list[RegionSpec], placed: list[_Region]) -> None:
         """Where the broker says that they lie."""
         assert self.share is not None
         with_bytes = [item for item in missing if item.mapped]
@@ -380,11 +411,6 @@ class Residency:
         if not with_bytes:
             return
         there = {region.spec.token: region for region in self._regions.values() if region.spec}
-        try:
-            specs = self.share.place(specs_of(with_bytes))
-        except BrokerGoneError:
-            known = [region.spec for region in there.values() if region.spec]
-            specs = placed_alone(specs_of(with_bytes), self._native.granularity, known)
         regions = {}
         for spec in specs:
             region = there.get(spec.token)
@@ -721,8 +747,18 @@ class Residency:
                 with self._locked():
                     self._pinned[chunk] = _Copy(made, size, {holding})
 
-    def _weigh(self, holding: Holding) -> Weighed:
-        with self._locked():
+    def _weigh(self, holding: Holding, patience: float) -> Weighed:
+        if not self._lock.acquire(timeout=patience):
+            return holding.weighed
+        try:
+            holding.weighed = self._weigh_now(holding)
+            return holding.weighed
+        finally:
+            self._lock.release()
+            self._give_back_closed(wait=False)
+
+    def _weigh_now(self, holding: Holding) -> Weighed:
+        with self._lock:
             if holding.closed:
                 return Weighed(0, 0, 0, 0, {})
             shared = own = 0
@@ -774,6 +810,7 @@ class Holding:
         self._closing = False
         self._kept = -1  # the table's renewals when its copies were made
         self._keeping = threading.Lock()
+        self.weighed = Weighed(0, 0, 0, 0, {})
 
     def __enter__(self) -> Holding:
         """Begin a use: waits for room while other uses go on, and for what other threads load. Ctrl-C ends the wait."""
@@ -838,19 +875,23 @@ class Holding:
         if not self.closed:
             self._native.set_policy(self._number, evictable, priority)
 
-    def weigh(self) -> Weighed:
-        """Its bytes now."""
-        return self._table._weigh(self)
+    def weigh(self, patience: float = -1) -> Weighed:
+        """Its bytes now; or as they were when this was last asked, if others need the tables for `patience` seconds."""
+        self._table._refuse_child()
+        return self._table._weigh(self, patience)
 
-    def close(self) -> None:
-        """Give the references back, once the uses in progress have ended. Closing twice is fine."""
+    def close(self, *, wait: bool = True) -> None:
+        """Give the references back, once the uses in progress have ended. Closing twice is fine.
+
+        Without `wait`, for finalizers, that may be done by another thread, soon after.
+        """
         self._closing = True
         if os.getpid() != self._table._process:  # a child of fork(): they are the parent's
             return
         if not self.closed and not self.busy and self._unclosed.acquire(blocking=False):
             self.closed = True
             self._table._closing.append(self)
-            self._table._give_back_closed()
+            self._table._give_back_closed(wait=wait)
 
 
 def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:

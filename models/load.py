@@ -356,7 +356,7 @@ def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
 
 
 def _session_ended(holding: Holding, device: str, stream: int) -> None:
-    holding.close()
+    holding.close(wait=False)
     if stream:
         _give_stream_back(gpu_index(device), stream)
 

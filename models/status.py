@@ -30,6 +30,8 @@ from glake_infer.window.figures import ungoverned
 from glake_infer.window.monitor import Monitor
 
 MONITOR = "GLAKE_MONITOR"
+PATIENCE = 0.1
+"""Seconds that a look at a model waits for a load."""
 NO_TRANSFERS = TransferStatus(loads=0, bytes=0, seconds=0, hits=0, hit_bytes=0)
 
 
@@ -121,7 +123,7 @@ def _model_status(model: Model) -> ModelStatus | None:
     if holding is None or model.closed:
         return None
     try:
-        weighed = holding.weigh()
+        weighed = holding.weigh(PATIENCE)
         state: State = "awake"
         if holding.busy:
             state = "running"

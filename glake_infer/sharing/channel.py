@@ -236,10 +236,14 @@ class Channel:
         while self.pull():
             self._frames.close()
 
-    def close(self) -> None:
-        """End the connection."""
+    def end(self) -> None:
+        """End the connection, from any thread: whoever receives sees its end, and is to close it."""
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes who receives
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection; for who receives."""
+        self.end()
         self._frames.close()
         self.socket.close()
 

@@ -14,6 +14,7 @@ process has; where none comes within `PATIENCE` seconds they raise BrokerGoneErr
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import itertools
 import logging
@@ -37,10 +38,12 @@ from glake_infer.allocators.errors import (
     GlakeError,
     InvalidPointerError,
     OutOfMemoryError,
+    PoolInUseError,
     StoreError,
 )
 from glake_infer.sharing import protocol
 from glake_infer.sharing.channel import Channel, OtherVersionError, ProtocolError, close_all
+from glake_infer.sharing.descriptors import raise_limit
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec
 from glake_infer.sharing.status import PoolStatus, ProcessStatus, TransferStatus
 from glake_infer.version import __version__
@@ -72,6 +75,9 @@ STEADY = 2.0
 SLACK = 8 << 20
 """Bytes more than it needs that a pool takes where there is no broker to ask."""
 
+GRANDCHILD = "import os, sys\nif os.fork() == 0: os.execv(sys.argv[1], sys.argv[1:])"
+"""Starts a program that is no child of ours: some processes (Ray's workers) end with all their children."""
+
 IDLE_EXIT = 60
 """Seconds after which a broker that was started on demand ends, when it has no clients."""
 
@@ -89,6 +95,10 @@ class BrokerGoneError(BrokerError):
 
 class SupersededError(GlakeError):
     """What was made is not wanted any more: another process did it meanwhile. Begin again."""
+
+
+class UnknownTokenError(BrokerError):
+    """The broker was not told of a region or chunk: introduce this process again."""
 
 
 class AlteredError(StoreError):
@@ -137,6 +147,15 @@ class _Waiting:
     answer: protocol.Answer | None = None
     descriptors: list[int] = field(default_factory=list)
     abandoned: bool = False
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A region that was given back, and the native pool's numbers of chunks that went with it."""
+
+    region: str
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -164,12 +183,13 @@ class Client:
         gone: Callable[[int], str | None],
         token_of: Callable[[int], str | None],
         number_of: Callable[[str], int | None],
+        forgot: Callable[[Iterable[int]], None],
     ) -> None:
         """Connect, starting a broker if `starts` and there is none.
 
         held, token_of, number_of
             What the residency knows of chunks; called from any thread, must take no lock. `gone` is token_of for a chunk
-            that became absent.
+            that became absent; `forgot` is told of chunks whose numbers are of no more use.
 
         Raises BrokerGoneError (nobody there), GlakeError (another version or user, or the broker refused).
         """
@@ -182,29 +202,40 @@ class Client:
         self._device = device
         self._shown = shown
         self._starts = starts
-        self._held, self._gone, self._token_of, self._number_of = held, gone, token_of, number_of
-        self._quota = 0
-        self._disowned: dict[int, int] = {}  # by chunk: bytes that are the quota's, and no broker's
+        self._held, self._gone, self._forgot = held, gone, forgot
+        self._token_of, self._number_of = token_of, number_of
+        self._quota = self._welcomed = 0
         self._channel: Channel | None = None
         self._closed = False
         self._process = os.getpid()
         self._condition = threading.Condition()  # of _channel, connected, _waiting
         self._sending = threading.Lock()
+        self._greeting = (
+            False  # Hello is out and Welcome is not in: nothing else is sent, and nothing is forgotten
+        )
+        self._forgotten: collections.deque[Forgotten] = collections.deque()
         self._waiting: dict[int, _Waiting] = {}
         self._renewals = 0  # how often something was made that no broker knew of
+        self._generation = 0  # of connections
         self._told: _Waiting | None = None  # the last word of what became absent
         self._ids = itertools.count(1)
-        self._heard = self._since = self._connected = (
-            time.monotonic()
-        )  # the last word; no broker since; last one since
+        # When the last word came, since when there is no broker, and since when there was one.
+        self._heard = self._since = self._connected = time.monotonic()
+        self._complaint = ""
         self._delay = 0.0
         self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._native.share(self._grow, self._event)
             self._connect(first=True)
+            if not self._native.share(self._grow, self._event):
+                raise PoolInUseError(
+                    f"the pool on {shown} is at another broker than {socket}, with weights of models that sleep. Close them "
+                    "first."
+                )
+            self._set_quota(self._welcomed)
         except BaseException:
-            self._native.share(None, -1)
+            if self._channel:
+                self._channel.close()
             os.close(self._event)
             raise
         Client._all.add(self)
@@ -219,20 +250,28 @@ class Client:
 
     def place(self, weights: Sequence[protocol.WeightSpec]) -> list[RegionSpec]:
         """Where these lie. Raises BrokerGoneError."""
-        answer, _ = self._ask(protocol.Place(weights=list(weights)), protocol.Placed)
+        answer, *_ = self._ask(protocol.Place(weights=list(weights)), protocol.Placed)
         return answer.regions
 
-    def forget(self, region: str) -> None:
-        """The region's addresses were given back. Does not wait."""
-        with contextlib.suppress(BrokerGoneError):
-            self._tell(protocol.Forget(regions=[region]))
+    def forget(self, region: str, chunks: Iterable[int]) -> None:
+        """The region's addresses were given back, and with them these chunks. Takes no lock; it is told soon."""
+        self._forgotten.append(Forgotten(region, tuple(chunks)))
+        self._wake()
+
+    @property
+    def generation(self) -> int:
+        """Which connection this is: what was told to an earlier one may not be known to it."""
+        return self._generation
 
     def acquire(
         self, chunks: Sequence[str], *, wait: bool, full: bool
-    ) -> tuple[protocol.Acquired, list[int]]:
-        """Ask for chunks; the descriptors are the caller's. Raises OutOfMemoryError, BrokerGoneError."""
+    ) -> tuple[protocol.Acquired, list[int], int]:
+        """Ask for chunks; the descriptors are the caller's. Returns also the generation that answered.
+
+        Raises OutOfMemoryError, UnknownTokenError, BrokerGoneError.
+        """
         message = protocol.Acquire(chunks=list(chunks), wait=wait, full=full)
-        answer, descriptors = self._ask(message, protocol.Acquired)
+        answer, descriptors, generation = self._ask(message, protocol.Acquired)
         told = [*(memory.chunk for memory in answer.given), *answer.make, *answer.pending]
         if len(answer.given) != len(descriptors) or sorted(told) != sorted(chunks):
             close_all(descriptors)
@@ -240,17 +279,21 @@ class Client:
                 f"the broker at {self.socket} gave {len(answer.given)} chunks with {len(descriptors)} descriptors, or "
                 "told of other chunks than were asked for. It is none of ours, or has a defect: restart it."
             )
-        return answer, descriptors
+        return answer, descriptors, generation
 
     def loaded(
         self, chunks: Sequence[ChunkMemory], descriptors: Sequence[int], read: int, seconds: float
-    ) -> None:
-        """Hand in what was made. Raises AlteredError, SupersededError, BrokerGoneError; it is not the broker's then."""
+    ) -> int:
+        """Hand in what was made; returns the generation that took it.
+
+        Raises AlteredError, SupersededError, BrokerGoneError; it is not the broker's then.
+        """
         message = protocol.Loaded(chunks=list(chunks), read=read, seconds=seconds)
-        self._ask(message, protocol.Done, descriptors)
+        *_, generation = self._ask(message, protocol.Done, descriptors)
         self.loads += len(chunks)
         self.load_bytes += read
         self.load_seconds += seconds
+        return generation
 
     def failed(self, chunks: Iterable[str]) -> None:
         """These are not made. Does not wait."""
@@ -275,7 +318,7 @@ class Client:
             self._send_gone()
             told = self._told
         if told:
-            told.ready.wait()
+            told.ready.wait(SILENCE)
 
     def collect(self) -> None:
         """Tell what became absent, if there is a broker to tell: what comes now is not to be taken for it."""
@@ -289,6 +332,11 @@ class Client:
             channel = self._channel
         if channel:
             self._lost(channel, "some memory was made without it")
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     @property
     def quota(self) -> int:
@@ -309,11 +357,12 @@ class Client:
     def close(self, *, wait: bool = True, timeout: float = BLOCKED) -> None:
         """Say goodbye, in the thread that receives. Nothing of the broker's may be in use any more. Twice is fine.
 
-        Without `wait` it takes no lock, and may be called wherever a finalizer is.
+        Without `wait` it takes no lock that Python code runs under, and may be called wherever a finalizer is.
         """
         if os.getpid() != self._process:
             return
         if not self._closed:
+            self._native.unshare(self._event)  # now: another may follow at once
             self._wake()  # first: it is closed once the other thread sees what follows
             self._closed = True
         if wait:
@@ -324,13 +373,15 @@ class Client:
                     thread.join(timeout)
 
     def _end(self) -> None:
-        self._native.share(None, -1)
         self._tasks.put(None)
         with self._condition:
             channel, self._channel = self._channel, None
             self.connected = False
+            waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
             event, self._event = self._event, -1
+        for each in waiting:
+            each.ready.set()
         if channel:
             with contextlib.suppress(OSError, ProtocolError), self._sending:
                 channel.send(protocol.Bye())
@@ -362,11 +413,15 @@ class Client:
             waiting = None
             number = next(self._ids)
             if channel and waits:
-                waiting = self._waiting[number] = _Waiting()
+                waiting = self._waiting[number] = _Waiting(generation=self._generation)
         if not channel:
             raise BrokerGoneError(f"the broker at {self.socket} is gone.")
         try:
             channel.send(message.model_copy(update={"id": number}), descriptors)
+        except ProtocolError:  # too large; nothing was sent
+            with self._condition:
+                self._waiting.pop(number, None)
+            raise
         except OSError as error:
             self._lost(channel, f"it takes nothing: {error.strerror or error}")
             raise BrokerGoneError(f"the broker at {self.socket} is gone: {error}") from error
@@ -379,7 +434,7 @@ class Client:
 
     def _ask(
         self, message: protocol.Request, kind: type[Kind], descriptors: Sequence[int] = ()
-    ) -> tuple[Kind, list[int]]:
+    ) -> tuple[Kind, list[int], int]:
         for attempt in range(ATTEMPTS, 0, -1):
             self._open()
             try:
@@ -395,7 +450,7 @@ class Client:
         if not isinstance(answer, kind):
             close_all(waiting.descriptors)
             raise BrokerError(f"the broker at {self.socket} answered {answer!r} to {type(message).__name__}.")
-        return answer, waiting.descriptors
+        return answer, waiting.descriptors, waiting.generation
 
     def _wait(self, waiting: _Waiting) -> protocol.Answer:
         try:
@@ -426,22 +481,27 @@ class Client:
     # What became absent.
 
     def _send_gone(self) -> None:
-        """Tell what became absent, under the lock of `_sending`."""
+        """Tell what became absent, and what was forgotten, under the lock of `_sending`."""
+        if self._greeting:
+            return
+        forgotten = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
         gone: dict[bool, list[str]] = {True: [], False: []}
-        for number, drop in self._native.take_gone():
-            self._disowned.pop(number, None)
+        for number, drop in self._native.take_gone():  # with all chunks of what was forgotten
             if token := self._gone(number):
                 gone[drop].append(token)
         for drop, tokens in gone.items():
             if tokens:
                 with contextlib.suppress(BrokerGoneError):
                     self._told = self._send(protocol.Released(chunks=tokens, drop=drop), (), waits=True)
+        if forgotten:
+            with contextlib.suppress(BrokerGoneError):
+                self._send(protocol.Forget(regions=[each.region for each in forgotten]), (), waits=False)
+            self._forgot([number for each in forgotten for number in each.chunks])
 
     # The pool asks for more private memory, in any thread, without its lock.
 
     def _grow(self, quota: int, full: bool) -> str:
         """Empty, or why there is no more."""
-        quota += self._apart()
         try:
             self._ask(protocol.Grow(quota=quota, full=full), protocol.Granted)
         except BrokerGoneError:
@@ -453,12 +513,7 @@ class Client:
         return ""
 
     def _set_quota(self, quota: int) -> None:
-        apart = self._apart()
-        self._quota = self._native.set_quota(max(0, quota - apart)) + apart
-
-    def _apart(self) -> int:
-        """Bytes of chunks that are the quota's: the native pool counts them as shared."""
-        return sum(list(self._disowned.values()))
+        self._quota = self._native.set_quota(max(0, quota))
 
     # Receiving.
 
@@ -469,24 +524,32 @@ class Client:
                 self._reconnect()
                 continue
             try:
-                while (found := channel.next()) is not None:  # it may have come with the last answer
-                    self._take(channel, *found)
-                ready, _, _ = select.select([channel.socket, self._event], [], [], 1.0)
-                if self._event in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._event)
-                    with self._sending:
-                        self._send_gone()
-                if channel.socket in ready:
-                    if not channel.pull():
-                        self._lost(channel, "it ended")
-                        continue
-                    self._heard = time.monotonic()
-                    continue
-                self._watch(channel)
-            except (OSError, ValueError, ProtocolError, BrokerGoneError) as error:
-                self._lost(channel, str(error))
+                poll = select.poll()
+                poll.register(channel.socket, select.POLLIN)
+                poll.register(self._event, select.POLLIN)
+                while self._channel is channel and not self._closed:
+                    self._listen(channel, poll)
+            except Exception as error:  # whatever it is: without this thread nobody would get an answer
+                self._lost(channel, str(error) or type(error).__name__)
+            if self._channel is not channel:
+                channel.close()
         self._end()
+
+    def _listen(self, channel: Channel, poll: select.poll) -> None:
+        """Take what comes, for a second at most."""
+        while (found := channel.next()) is not None:  # it may have come with the last answer
+            self._take(channel, *found)
+        ready = dict(poll.poll(1000))
+        if self._event in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._event)
+            self.collect()
+        if ready.keys() - {self._event}:
+            if not channel.pull():
+                self._lost(channel, "it ended")
+            self._heard = time.monotonic()
+        else:
+            self._watch(channel)
 
     def _watch(self, channel: Channel) -> None:
         """Somebody waits, and the broker says nothing: is it there?"""
@@ -528,7 +591,7 @@ class Client:
             waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
             self._wake()
-        channel.close()
+        channel.end()  # whoever receives closes it
         for each in waiting:
             each.ready.set()
         if not self._closed:
@@ -548,15 +611,25 @@ class Client:
                 if self._delay and not self._closed:
                     self._condition.wait(self._delay)
             self._delay = min(max(0.05, 2 * self._delay), 2.0)
-            with contextlib.suppress(GlakeError, OSError):
+            self.collect()  # nobody is there to be told: it is enough to know
+            try:
                 self._connect(first=False)
+                self._complaint = ""
+            except (GlakeError, OSError) as error:
+                # That nobody is there was said; any other reason is new.
+                if not isinstance(error, BrokerGoneError) and str(error) != self._complaint:
+                    self._complaint = str(error)
+                    log.warning("the broker at %s does not take this process back: %s", self.socket, error)
 
     def _connect(self, first: bool) -> None:
         channel = self._dial()
         descriptors: list[int] = []
         try:
             with self._sending:  # what becomes absent from here on is told after it
+                self._send_gone()
+                self._greeting = True
                 renewals = self._renewals
+                self._generation += 1
                 resume = self._resume(descriptors)
                 number = next(self._ids)
                 hello = protocol.Hello(
@@ -568,24 +641,26 @@ class Client:
                     resume=resume,
                 )
                 channel.send(hello, descriptors)
-                answer = _welcome(channel, number)
-                numbers = [n for memory in answer.disowned if (n := self._number_of(memory.chunk))]
-                self._disowned = {n: self._native.size_of(n) for n in numbers}
-                self._set_quota(answer.quota)
-                with self._condition:
-                    if self._renewals != renewals:  # it was not told of everything: once more
-                        channel.close()
-                        return
-                    self._channel = channel
-                    self._heard = self._connected = time.monotonic()
-                    self.connected = True
-                    self.reconnections += not first
-                    self._condition.notify_all()
+            answer = _welcome(channel, number)
+            self._welcomed = answer.quota
+            self._set_quota(answer.quota)
+            with self._sending, self._condition:
+                self._greeting = False
+                if self._renewals != renewals:  # it was not told of everything: once more
+                    channel.close()
+                    return
+                self._channel = channel
+                self._heard = self._connected = time.monotonic()
+                self.connected = True
+                self.reconnections += not first
+                self._condition.notify_all()
         except BaseException:
             channel.close()
             raise
         finally:
+            self._greeting = False
             close_all(descriptors)
+        self._wake()
         if not first:
             log.warning(
                 "reconnected to a broker at %s: it was told of %d chunks and %d regions%s.",
@@ -600,15 +675,22 @@ class Client:
         chunks = []
         for number, memory in held.chunks:
             try:
-                descriptors.append(self._native.descriptor(number))
+                descriptors.append(self._descriptor(number))
             except InvalidPointerError:  # gone meanwhile
                 continue
             chunks.append(memory)
         stats = self._native.stats()
-        own = stats["reserved"] - stats["shared"]
-        if not held.regions and not chunks and not own:
+        quota = max(stats["reserved"] - stats["shared"], self._quota)
+        if not held.regions and not chunks and not quota:
             return None
-        return protocol.Resume(regions=held.regions, chunks=chunks, quota=max(own, self._quota))
+        return protocol.Resume(regions=held.regions, chunks=chunks, quota=quota)
+
+    def _descriptor(self, number: int) -> int:
+        try:
+            return self._native.descriptor(number)
+        except DriverError:  # too many are open: this needs each of them twice
+            raise_limit()
+            return self._native.descriptor(number)
 
     def _dial(self) -> Channel:
         try:
@@ -632,24 +714,32 @@ class Client:
         journal = self.socket.with_suffix(".log")
         command = [sys.executable, "-m", "glake_infer.cli", "broker", "--socket", str(self.socket)]
         command += ["--exit-when-idle", str(IDLE_EXIT)]
-        with journal.open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                cwd="/",
-            )
+        alive, held = os.pipe2(os.O_CLOEXEC)  # its end says that the broker has ended
+        try:
+            with journal.open("ab") as output:
+                subprocess.run(
+                    [sys.executable, "-S", "-c", GRANDCHILD, *command],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                    pass_fds=[held],
+                    cwd="/",
+                    check=False,
+                )
+        finally:
+            os.close(held)
+        poll = select.poll()
+        poll.register(alive, select.POLLIN)
         until = time.monotonic() + STARTING
-        while time.monotonic() < until and not self._closed:
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                channel = Channel.connect(self.socket, BLOCKED)
-                threading.Thread(target=process.wait, daemon=True, name="glake-infer broker process").start()
-                return channel
-            if process.poll() is not None and process.returncode and not self.socket.exists():
-                break
-            time.sleep(0.02)
+        try:
+            while time.monotonic() < until and not self._closed:
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    return Channel.connect(self.socket, BLOCKED)
+                if poll.poll(20) and not self.socket.exists():
+                    break
+        finally:
+            os.close(alive)
         raise BrokerGoneError(
             f"a broker was started and does not answer at {self.socket}. Its own words are in {journal}."
         )
@@ -660,10 +750,11 @@ class Client:
         while (task := self._tasks.get()) is not None:
             channel, request = task
             try:
-                if isinstance(request, protocol.Give):
+                if isinstance(request, protocol.Give | protocol.Trim):
                     with self._sending:
-                        self._send_gone()
-                        self._answer(channel, request, self._give(request))
+                        if self._channel is channel:  # not what an earlier broker wanted
+                            self._send_gone()
+                            self._answer(channel, request, self._do(request))
                 else:
                     answer = self._do(request)
                     with self._sending:
@@ -681,8 +772,9 @@ class Client:
             channel.send(answer.model_copy(update={"to": request.id}))
 
     def _give(self, request: protocol.Give) -> protocol.Given:
-        numbers = {n: token for token in request.chunks if (n := self._number_of(token))}
-        return protocol.Given(chunks=[numbers[n] for n in self._native.give_up(list(numbers))])
+        numbers = [n for token in request.chunks if (n := self._number_of(token))]
+        given = [self._gone(number) for number in self._native.give_up(numbers)]
+        return protocol.Given(chunks=[token for token in given if token])
 
     def _do(self, request: protocol.Request) -> protocol.Answer:
         native = self._native
@@ -693,6 +785,8 @@ class Client:
                 if (token := self._token_of(number))
             ]
             return protocol.Offers(chunks=offers, idle=self._idle(), busy=native.shared_busy())
+        if isinstance(request, protocol.Give):
+            return self._give(request)
         if isinstance(request, protocol.Trim):
             self._set_quota(max(0, self._quota - request.bytes))
             return protocol.Granted(quota=self._quota)
@@ -770,6 +864,8 @@ def _error_of(refusal: protocol.Refusal) -> GlakeError:
         return BrokerMemoryError(refusal)
     if refusal.reason in ("altered", "unreadable"):
         return AlteredError(refusal)
+    if refusal.reason == "unknown":
+        return UnknownTokenError(refusal.message)
     if refusal.reason == "lost":
         return SupersededError(refusal.message)
     if refusal.reason == "full":

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from glake_infer.allocators.errors import OutOfMemoryError
 from glake_infer.sharing import protocol
-from glake_infer.sharing.client import BrokerGoneError, Client, Held, SupersededError, new_memory
+from glake_infer.sharing.client import (
+    BrokerGoneError,
+    Client,
+    Held,
+    SupersededError,
+    UnknownTokenError,
+    new_memory,
+)
 from glake_infer.sharing.entries import Client as TableClient
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec, Resume, WeightSpec
 from glake_infer.sharing.status import ProcessStatus, TransferStatus
@@ -18,6 +25,9 @@ from glake_infer.sharing.table import Table
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
+
+AT_ONCE = 1024
+"""Chunks that are made, and handed in, together."""
 
 Fill = Callable[[list[int]], int]
 """Writes the bytes of chunks (their numbers), which are mapped writable; returns how many were read."""
@@ -59,6 +69,7 @@ class Share:
             gone=self._gone,
             token_of=self._tokens.get,
             number_of=self._numbers.get,
+            forgot=self._forgot,
         )
 
     # What is known.
@@ -74,6 +85,11 @@ class Share:
     def socket(self) -> Path:
         """The broker's."""
         return self._client.socket
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended for good."""
+        return self._client.closed
 
     @property
     def connected(self) -> bool:
@@ -127,11 +143,14 @@ class Share:
     def removed(self, spec: RegionSpec, chunks: Iterable[int]) -> None:
         """The region's addresses were given back; `chunks`: those of its chunks that lie nowhere else."""
         self._regions.pop(spec.token, None)
-        self._client.forget(spec.token)
+        self._client.forget(spec.token, chunks)
+
+    def _forgot(self, chunks: Iterable[int]) -> None:
         for number in chunks:
             self._memories.pop(number, None)
-            if token := self._tokens.pop(number, None):
-                self._numbers.pop(token, None)
+            token = self._tokens.pop(number, None)
+            if token and self._numbers.get(token) == number:
+                del self._numbers[token]
 
     # Bringing in.
 
@@ -152,13 +171,18 @@ class Share:
             try:
                 if alone:
                     raise BrokerGoneError("it was not asked.")
-                answer, descriptors = self._client.acquire(list(left), wait=wait, full=full)
+                answer, descriptors, generation = self._client.acquire(list(left), wait=wait, full=full)
             except BrokerGoneError:
                 self._make_alone(user, list(left.values()), fill, verify)
                 return
-            self._adopt(user, answer, descriptors, left)
+            except UnknownTokenError as error:  # it came between two messages of ours
+                self._client.renew()
+                raise SupersededError(str(error)) from error
+            self._adopt(user, answer, descriptors, left, generation)
             try:
-                self._make(user, [left[token] for token in answer.make], fill, verify)
+                for first in range(0, len(answer.make), AT_ONCE):
+                    some = answer.make[first : first + AT_ONCE]
+                    self._make(user, [left[token] for token in some], fill, verify)
             except OutOfMemoryError as error:
                 if full or not error.device_full:
                     raise
@@ -169,7 +193,12 @@ class Share:
             wait = True
 
     def _adopt(
-        self, user: int, answer: protocol.Acquired, descriptors: list[int], left: dict[str, int]
+        self,
+        user: int,
+        answer: protocol.Acquired,
+        descriptors: list[int],
+        left: dict[str, int],
+        generation: int,
     ) -> None:
         """Map what was given."""
         done: list[int] = []
@@ -193,6 +222,8 @@ class Share:
         for memory in answer.given:
             del left[memory.chunk]
         self._client.took(len(done), size)
+        if done and generation != self._client.generation:
+            self._client.renew()  # another broker came, and may not have been told of these
 
     def _make(self, user: int, numbers: list[int], fill: Fill, verify: Verify) -> None:
         """Make chunks for everybody."""
@@ -209,13 +240,15 @@ class Share:
                 self._native.freeze(number)
                 descriptors.append(self._native.descriptor(number))
             try:
-                self._client.loaded(memories, descriptors, read, time.perf_counter() - start)
+                generation = self._client.loaded(memories, descriptors, read, time.perf_counter() - start)
             except BrokerGoneError:  # nobody has checked the files
                 verify(numbers)
                 self._alone(user, numbers, memories)
                 return
             self._memories.update(zip(numbers, memories, strict=True))
             self._native.loaded(user, numbers)
+            if generation != self._client.generation:
+                self._client.renew()
         except SupersededError:
             raise
         except BaseException:
@@ -223,6 +256,9 @@ class Share:
                 self._memories.pop(number, None)
                 self._native.unmake(number)
             self._client.failed(memory.chunk for memory in memories)
+            self._client.let_go(
+                memory.chunk for memory in memories
+            )  # if it was taken while this was interrupted
             raise
         finally:
             for descriptor in descriptors:

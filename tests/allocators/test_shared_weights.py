@@ -204,7 +204,7 @@ class TestChunks:
         pool.end_use(user)
         pool.suspend(user)
         assert os.eventfd_read(event) == 1
-        pool.share(None, -1)
+        pool.unshare(event)
         os.close(event)
 
     def test_two_regions_show_the_same_chunk(self, pool):
@@ -243,7 +243,7 @@ class TestQuota:
         assert len(asked) > count
         assert pool.set_quota(0) == 0
         assert pool.stats()["reserved"] == 0
-        pool.share(None, -1)
+        pool.unshare(-1)
         pool.deallocate(pool.allocate(9 * MiB))
 
     def test_a_refusal_is_the_errors_remedy(self, pool):
@@ -252,13 +252,13 @@ class TestQuota:
             pool.allocate(MiB)
         assert caught.value.refusal == "The broker has no room."
         assert caught.value.limit == 64 * MiB
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_a_grower_that_fails_is_a_refusal(self, pool):
         pool.share(lambda quota, full: 1 / 0, -1)
         with pytest.raises(OutOfMemoryError, match="ZeroDivisionError"):
             pool.allocate(MiB)
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_beyond_the_pools_own_limit_nobody_is_asked(self, pool):
         asked = []
@@ -266,7 +266,7 @@ class TestQuota:
         with pytest.raises(OutOfMemoryError, match=r"raise pool\.limit"):
             pool.allocate(65 * MiB)
         assert asked == []
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_a_grant_that_others_take_is_asked_for_again_and_not_for_ever(self, pool):
         asked = []
@@ -274,7 +274,7 @@ class TestQuota:
         with pytest.raises(OutOfMemoryError):
             pool.allocate(MiB)
         assert 1 < len(asked) < 20
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_shared_weights_take_none_of_it_and_count_against_the_limit(self):
         pool = _native.Pool(4 * MiB)
@@ -290,7 +290,7 @@ class TestQuota:
         assert pool.take_gone() == [(chunks[0], False)]
         pool.deallocate(address)
         pool.check_invariants()
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_where_the_quota_binds_no_shared_weight_goes(self, pool):
         pool.share(lambda quota, full: "no.", -1)
@@ -301,7 +301,7 @@ class TestQuota:
             pool.allocate(MiB)
         assert pool.take_gone() == []
         assert pool.user(user)["missing"] == 0
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_private_weights_need_quota_too(self, pool):
         granted = []
@@ -312,7 +312,7 @@ class TestQuota:
         assert granted == [3 * MiB]
         pool.end_use(user)
         pool.suspend(user)
-        pool.share(None, -1)
+        pool.unshare(-1)
 
     def test_the_grower_is_let_go(self, pool):
         class Grower:
@@ -324,7 +324,7 @@ class TestQuota:
         pool.share(grower, -1)
         del grower
         assert gone() is not None
-        pool.share(None, -1)
+        pool.unshare(-1)
         gc.collect()
         assert gone() is None
 
@@ -362,4 +362,4 @@ class TestQuota:
         assert all(isinstance(error, OutOfMemoryError) for error in failures)
         assert len(failures) <= 1
         pool.check_invariants()
-        pool.share(None, -1)
+        pool.unshare(-1)
