@@ -731,7 +731,8 @@ class Residency:
     def _raise_altered(error: OSError) -> None:
         """Turn the failure to read an object's file into our error."""
         if error.filename is not None and is_digest(digest := Path(os.fsdecode(error.filename)).name):
-            raise AlteredObjectError(digest, error.filename, error.strerror) from error
+            short = error.errno == 0  # it ends early: transfers.py
+            raise AlteredObjectError(digest, error.filename, None if short else error.strerror) from error
 
     def _keep_copies(self, holding: Holding) -> None:
         """Make page-locked copies of what a holding that is in use has, where there are none."""

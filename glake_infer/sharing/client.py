@@ -331,6 +331,8 @@ class Client:
             self._renewals += 1
             channel = self._channel
         if channel:
+            with contextlib.suppress(OSError, ProtocolError), self._sending:
+                channel.send(protocol.Bye())
             self._lost(channel, "some memory was made without it")
 
     @property
