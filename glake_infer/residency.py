@@ -46,8 +46,8 @@ from glake_infer.allocators.errors import (
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range, is_digest
 from glake_infer.sharing.address import BrokerAddress, share_for
-from glake_infer.sharing.client import AlteredError, BrokerGoneError, SupersededError
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
+from glake_infer.sharing.refusals import AlteredError, BrokerGoneError, SupersededError
 from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder

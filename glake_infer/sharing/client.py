@@ -22,7 +22,6 @@ import os
 import queue
 import secrets
 import select
-import subprocess
 import sys
 import threading
 import time
@@ -39,12 +38,13 @@ from glake_infer.allocators.errors import (
     InvalidPointerError,
     OutOfMemoryError,
     PoolInUseError,
-    StoreError,
 )
 from glake_infer.sharing import protocol
-from glake_infer.sharing.channel import Channel, OtherVersionError, ProtocolError, close_all
+from glake_infer.sharing.channel import Channel, ProtocolError, close_all
 from glake_infer.sharing.descriptors import raise_limit
+from glake_infer.sharing.dialing import BLOCKED, dial, welcome
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec
+from glake_infer.sharing.refusals import BrokerGoneError, error_of
 from glake_infer.sharing.status import PoolStatus, ProcessStatus, TransferStatus
 from glake_infer.version import __version__
 
@@ -54,14 +54,8 @@ if TYPE_CHECKING:
 PATIENCE = 5.0
 """Seconds that a request waits for a broker that is gone."""
 
-STARTING = 20.0
-"""Seconds that a broker started on demand may take to answer."""
-
 SILENCE = 15.0
 """Seconds without a word, while an answer is due, after which a broker counts as gone."""
-
-BLOCKED = 10.0
-"""Seconds that sending may take."""
 
 ATTEMPTS = 3
 """How many brokers are asked the same, where one after the other goes before it answers."""
@@ -75,68 +69,12 @@ STEADY = 2.0
 SLACK = 8 << 20
 """Bytes more than it needs that a pool takes where there is no broker to ask."""
 
-GRANDCHILD = "import os, sys\nif os.fork() == 0: os.execv(sys.argv[1], sys.argv[1:])"
-"""Starts a program that is no child of ours: some processes (Ray's workers) end with all their children."""
-
-IDLE_EXIT = 60
-"""Seconds after which a broker that was started on demand ends, when it has no clients."""
-
 Kind = TypeVar("Kind", bound=protocol.Answer)
 
 log = logging.getLogger("glake_infer.broker")
 
 describe: Callable[[], list[ProcessStatus]] | None = None
 """Says what this process is doing; set by whoever knows its models."""
-
-
-class BrokerGoneError(BrokerError):
-    """No broker answers."""
-
-
-class SupersededError(GlakeError):
-    """What was made is not wanted any more: another process did it meanwhile. Begin again."""
-
-
-class UnknownTokenError(BrokerError):
-    """The broker was not told of a region or chunk: introduce this process again."""
-
-
-class AlteredError(StoreError):
-    """The broker found other bytes than the digest stands for, or could not read them."""
-
-    def __init__(self, refusal: protocol.Refusal) -> None:
-        """Keep which weight it was."""
-        super().__init__(refusal.message)
-        self.digest = refusal.digest
-        self.path = Path(refusal.path)
-        self.unreadable = refusal.reason == "unreadable"
-
-
-class BrokerMemoryError(OutOfMemoryError):
-    """The broker has no room within its limit: OutOfMemoryError, with the figures of the whole machine.
-
-    `requested`, `reserved` (by all processes), `limit` and `needed_limit` are the broker's; `holders` are processes.
-    """
-
-    def __init__(self, refusal: protocol.Refusal) -> None:
-        """Take the broker's figures and message."""
-        super().__init__(
-            requested=refusal.requested,
-            active=refusal.used,
-            idle=0,
-            reserved=refusal.used,
-            limit=refusal.limit,
-            needed_limit=refusal.needed,
-            device_free=max(0, refusal.limit - refusal.used),
-            holders=refusal.holders,
-            refusal=refusal.message,
-        )
-        self.args = (refusal.message,)
-        self._refused = refusal
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Support pickling."""
-        return type(self), (self._refused,)
 
 
 @dataclass(eq=False)
@@ -469,7 +407,7 @@ class Client:
             raise BrokerGoneError(f"the broker at {self.socket} is gone.")
         if isinstance(answer, protocol.Refusal):
             close_all(waiting.descriptors)
-            raise _error_of(answer)
+            raise error_of(answer)
         return answer
 
     def _give_back(self, answer: protocol.Answer, descriptors: list[int]) -> None:
@@ -624,7 +562,7 @@ class Client:
                     log.warning("the broker at %s does not take this process back: %s", self.socket, error)
 
     def _connect(self, first: bool) -> None:
-        channel = self._dial()
+        channel = dial(self.socket, starts=self._starts, given_up=lambda: self._closed)
         descriptors: list[int] = []
         try:
             with self._sending:  # what becomes absent from here on is told after it
@@ -643,7 +581,7 @@ class Client:
                     resume=resume,
                 )
                 channel.send(hello, descriptors)
-            answer = _welcome(channel, number)
+            answer = welcome(channel, number)
             self._welcomed = answer.quota
             self._set_quota(answer.quota)
             with self._sending, self._condition:
@@ -693,58 +631,6 @@ class Client:
         except DriverError:  # too many are open: this needs each of them twice
             raise_limit()
             return self._native.descriptor(number)
-
-    def _dial(self) -> Channel:
-        try:
-            return Channel.connect(self.socket, BLOCKED)
-        except FileNotFoundError as error:
-            nobody: OSError = error
-        except ConnectionRefusedError as error:
-            nobody = error
-        except OSError as error:
-            raise BrokerGoneError(f"the broker at {self.socket} cannot be reached: {error}.") from error
-        if not self._starts:
-            raise BrokerGoneError(
-                f"there is no broker at {self.socket} ({nobody.strerror}). Start one (`glake-infer broker`), or say "
-                "broker='auto'."
-            ) from nobody
-        return self._start()
-
-    def _start(self) -> Channel:
-        """Start a broker, as others may do at this moment too: one of them gets the socket."""
-        self.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        journal = self.socket.with_suffix(".log")
-        command = [sys.executable, "-m", "glake_infer.cli", "broker", "--socket", str(self.socket)]
-        command += ["--exit-when-idle", str(IDLE_EXIT)]
-        alive, held = os.pipe2(os.O_CLOEXEC)  # its end says that the broker has ended
-        try:
-            with journal.open("ab") as output:
-                subprocess.run(
-                    [sys.executable, "-S", "-c", GRANDCHILD, *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    pass_fds=[held],
-                    cwd="/",
-                    check=False,
-                )
-        finally:
-            os.close(held)
-        poll = select.poll()
-        poll.register(alive, select.POLLIN)
-        until = time.monotonic() + STARTING
-        try:
-            while time.monotonic() < until and not self._closed:
-                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-                    return Channel.connect(self.socket, BLOCKED)
-                if poll.poll(20) and not self.socket.exists():
-                    break
-        finally:
-            os.close(alive)
-        raise BrokerGoneError(
-            f"a broker was started and does not answer at {self.socket}. Its own words are in {journal}."
-        )
 
     # What the broker asks.
 
@@ -842,37 +728,6 @@ def process_name() -> str:
 def new_memory() -> str:
     """A name for a piece of physical memory."""
     return secrets.token_hex(8)
-
-
-def _welcome(channel: Channel, number: int) -> protocol.Welcome:
-    """The broker's answer to Hello."""
-    try:
-        while (found := channel.receive()) is not None:
-            message, descriptors = found
-            close_all(descriptors)
-            if isinstance(message, protocol.Refusal) and message.to in (0, number):
-                raise _error_of(message)
-            if isinstance(message, protocol.Welcome):
-                return message
-    except OtherVersionError as error:
-        raise BrokerError(str(error)) from error
-    except OSError as error:
-        raise BrokerGoneError(f"the broker does not answer: {error}") from error
-    raise BrokerGoneError("the broker ended the connection.")
-
-
-def _error_of(refusal: protocol.Refusal) -> GlakeError:
-    if refusal.reason == "memory":
-        return BrokerMemoryError(refusal)
-    if refusal.reason in ("altered", "unreadable"):
-        return AlteredError(refusal)
-    if refusal.reason == "unknown":
-        return UnknownTokenError(refusal.message)
-    if refusal.reason == "lost":
-        return SupersededError(refusal.message)
-    if refusal.reason == "full":
-        return DriverError(refusal.message)
-    return BrokerError(refusal.message)
 
 
 def _forget_connections() -> None:

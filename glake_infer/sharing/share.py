@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING
 
 from glake_infer.allocators.errors import OutOfMemoryError
 from glake_infer.sharing import protocol
-from glake_infer.sharing.client import (
-    BrokerGoneError,
-    Client,
-    Held,
-    SupersededError,
-    UnknownTokenError,
-    new_memory,
-)
+from glake_infer.sharing.client import Client, Held, new_memory
 from glake_infer.sharing.entries import Client as TableClient
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec, Resume, WeightSpec
+from glake_infer.sharing.refusals import BrokerGoneError, SupersededError, UnknownTokenError
 from glake_infer.sharing.status import ProcessStatus, TransferStatus
 from glake_infer.sharing.table import Table
 
