@@ -48,7 +48,7 @@ from glake_infer.digest import digest_of_range, is_digest
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
 from glake_infer.sharing.refusals import AlteredError, BrokerGoneError, SupersededError
-from glake_infer.sharing.share import Share, placed_alone
+from glake_infer.sharing.share import GaveWayError, Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
 from glake_infer.transfers import Device, Part, device_for
@@ -398,9 +398,16 @@ class Residency:
         if not missing:
             return []
         try:
-            return self.share.place(specs_of(missing))
+            specs = self.share.place(specs_of(missing))
         except BrokerGoneError:
             return placed_alone(specs_of(missing), self._native.granularity, known)
+        placed = {weight.digest for spec in specs for weight in spec.weights}
+        if nowhere := [item.digest for item in missing if item.digest not in placed]:
+            raise BrokerError(
+                f"the broker at {self.share.socket} gave the weight {nowhere[0]} no place. It is none of ours, or has a "
+                "defect: restart it."
+            )
+        return specs
 
     def _place_shared(self, missing: list[Wanted], specs: list[RegionSpec], placed: list[_Region]) -> None:
         """Where the broker says that they lie."""
@@ -421,11 +428,6 @@ class Residency:
             for weight in spec.weights:
                 regions[weight.digest] = (region, weight)
         for item in with_bytes:
-            if item.digest not in regions:
-                raise BrokerError(
-                    f"the broker at {self.share.socket} gave the weight {item.digest} no place. It is none of ours, or has "
-                    "a defect: restart it."
-                )
             region, weight = regions[item.digest]
             if weight.mapped < item.mapped:
                 raise self._shorter(item, weight.mapped)
@@ -818,14 +820,15 @@ class Holding:
         table = self._table
         if self._closing:
             raise GlakeError("the model is closed: its weights are gone. Load it again.")
-        for attempt in range(SUPERSEDED, -1, -1):
-            if not (chunks := self._native.begin_use(self._number)):
-                break
+        attempts = SUPERSEDED
+        while chunks := self._native.begin_use(self._number):
             try:
-                table._bring(self, chunks, alone=not attempt)
+                table._bring(self, chunks, alone=not attempts)
                 break
-            except SupersededError:
+            except GaveWayError:  # whoever it was for comes first now
                 continue
+            except SupersededError:
+                attempts -= 1
         keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
         if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
             try:

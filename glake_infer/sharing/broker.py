@@ -180,7 +180,10 @@ class Broker:
         try:
             make_folder(self.path.parent)
         except OSError as error:
-            raise GlakeError(f"the folder {self.path.parent} cannot be made: {error.strerror}.") from error
+            raise GlakeError(
+                f"the folder {self.path.parent} of the broker's socket cannot be made: {error.strerror}. Choose another "
+                "path with --socket."
+            ) from error
         check_socket(self.path)
         claim = Claim(self.path)
         loop = self._loop = asyncio.get_running_loop()

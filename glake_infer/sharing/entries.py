@@ -63,7 +63,7 @@ class Client:
     name: str
     pid: int
     quota: int = 0
-    """Bytes of private memory that it may have, disowned copies of chunks among them."""
+    """Bytes of private memory that it may have."""
     regions: dict[str, RegionSpec] = field(default_factory=dict)
     """Those that it refers to, as it was told of them."""
     has: set[Chunk] = field(default_factory=set)
@@ -87,8 +87,8 @@ class Chunk:
     used: int
     last_use: float
     regions: list[Region] = field(default_factory=list)
-    holders: dict[Client, int] = field(default_factory=dict)
-    """Who has it, and the number of the moment since when."""
+    holders: dict[Client, None] = field(default_factory=dict)
+    """Who has it, in the order in which they came."""
     maker: Client | None = None
     deadline: float = 0.0
     memory: str = ""

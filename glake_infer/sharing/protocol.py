@@ -29,7 +29,7 @@ What the broker asks of a client
 A client that ends, or breaks these rules, is forgotten with all that it had; chunks that nobody has stay until their
 memory is needed. After the death of a broker its clients say Hello to the next one with `resume`: the regions that they have
 and the descriptors of all chunks that they have mapped. Where two bring a chunk of the same id in different memory (made
-while there was no broker), the first is kept, and the other's counts as private memory of its client (`Welcome.disowned`).
+while there was no broker), the first is kept, and the other's counts as its client's alone (`Welcome.disowned`).
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ class Room:
 
     async def _offers(self) -> dict[Client, protocol.Offers]:
         """What each client could do without."""
-        asked = {c: each.ask(protocol.Offer(), protocol.Offers) for c, each in self.connections.items()}
+        connections = list(self.connections.items())  # asking may end one
+        asked = {client: each.ask(protocol.Offer(), protocol.Offers) for client, each in connections}
         if asked:
             await asyncio.wait(asked.values())
         found = {client: future.result() for client, future in asked.items()}
@@ -232,11 +233,10 @@ class Room:
         for connection, tokens in wanted.items():
             if (client := connection.client) is None:
                 continue
-            moment = self.table.moment()
 
-            def given(answer: protocol.Given, client: Client = client, moment: int = moment) -> None:
+            def given(answer: protocol.Given, client: Client = client) -> None:
                 before = sum(client.strays.values())
-                self.table.given(client, answer.chunks, moment)
+                self.table.given(client, answer.chunks)
                 went.private_bytes += before - sum(client.strays.values())
 
             asked.append(connection.ask(protocol.Give(chunks=tokens), protocol.Given, given))

@@ -18,6 +18,7 @@ from glake_infer.layout import LARGEST_CHUNK
 from glake_infer.sharing import protocol
 from glake_infer.sharing.checks import CheckError, Checks
 from glake_infer.sharing.connection import Connection
+from glake_infer.sharing.describe import device_status, silent
 from glake_infer.sharing.descriptors import Descriptor, is_device_memory, is_sealed_memory
 from glake_infer.sharing.entries import (
     Chunk,
@@ -30,13 +31,7 @@ from glake_infer.sharing.entries import (
     WrongError,
 )
 from glake_infer.sharing.room import Room, Went
-from glake_infer.sharing.status import (
-    DeviceStatus,
-    MachineStatus,
-    PoolStatus,
-    ProcessStatus,
-    TransferStatus,
-)
+from glake_infer.sharing.status import DeviceStatus, MachineStatus
 from glake_infer.sharing.table import Table
 from glake_infer.sharing.turns import GiveWayError, Turn
 from glake_infer.version import __version__
@@ -127,6 +122,8 @@ class Service:
             task.cancel()
         self._checks.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for device in self._devices.values():
+            device.table.close()
 
     def received(
         self, connection: Connection, message: protocol.AnyMessage, descriptors: list[Descriptor]
@@ -186,19 +183,18 @@ class Service:
         connection.refuse(message.id, reason, text, **more)
 
     def _go_on(
-        self, connection: Connection, message: protocol.Request, work: Coroutine[Any, Any, None]
+        self, connection: Connection, message: protocol.Request, work: Callable[[], Awaitable[None]]
     ) -> None:
         """Answer later, as long as the client is there."""
         if not connection.spawn(self._guarded(connection, message, work)):
-            work.close()
             text = "too many requests of one client wait: expected fewer at once."
             self._refuse(connection, message, "message", text)
 
     async def _guarded(
-        self, connection: Connection, message: protocol.Request, work: Coroutine[Any, Any, None]
+        self, connection: Connection, message: protocol.Request, work: Callable[[], Awaitable[None]]
     ) -> None:
         try:
-            await work
+            await work()
         except UnknownError as error:
             self._refuse(connection, message, "unknown", f"{error}.")
         except WrongError as error:
@@ -351,7 +347,7 @@ class Service:
         if all(self._checks.sound(digest, pieces) for digest, (_, pieces) in claims.items()):
             self._place_now(connection, place)
         else:
-            self._go_on(connection, place, self._place_later(connection, place))
+            self._go_on(connection, place, lambda: self._place_later(connection, place))
 
     async def _place_later(self, connection: Connection, place: protocol.Place) -> None:
         """Versions of large weights share chunks once the digests of their pieces were compared with their files."""
@@ -378,7 +374,7 @@ class Service:
     def _acquire(self, connection: Connection, acquire: protocol.Acquire, _: list[Descriptor]) -> None:
         room = self._device(connection).room
         if acquire.full or not self._give(connection, acquire, alone=not room.turns.crowded):
-            self._go_on(connection, acquire, self._acquire_later(connection, acquire))
+            self._go_on(connection, acquire, lambda: self._acquire_later(connection, acquire))
 
     def _give(self, connection: Connection, acquire: protocol.Acquire, alone: bool) -> bool:
         """Answer, if that can be done now. What takes memory has to wait for its turn, unless it is `alone`.
@@ -531,7 +527,7 @@ class Service:
                 text = f"the descriptor of chunk {chunk.token} is not its memory: expected {expected}."
                 self._refuse(connection, loaded, "message", text)
                 return
-        self._begin(self._guarded(connection, loaded, self._check_loaded(connection, loaded, made)))
+        self._begin(self._guarded(connection, loaded, lambda: self._check_loaded(connection, loaded, made)))
 
     async def _check_loaded(self, connection: Connection, loaded: protocol.Loaded, made: list[Check]) -> None:
         device = self._device(connection)
@@ -594,7 +590,7 @@ class Service:
     def _grow(self, connection: Connection, grow: protocol.Grow, _: list[Descriptor]) -> None:
         """What fits is granted at once, even while others wait for room: they may wait for this very run to end."""
         if grow.full or not self._grant(connection, grow):
-            self._go_on(connection, grow, self._grow_later(connection, grow))
+            self._go_on(connection, grow, lambda: self._grow_later(connection, grow))
 
     def _grant(self, connection: Connection, grow: protocol.Grow) -> bool:
         device, client = self._device(connection), self._client(connection)
@@ -641,7 +637,7 @@ class Service:
         async def answer() -> None:
             connection.send(protocol.Statement(to=status.id, status=await self._machine()))
 
-        self._go_on(connection, status, answer())
+        self._go_on(connection, status, answer)
 
     async def devices(self) -> list[DeviceStatus]:
         """All devices, with what each client says of itself."""
@@ -650,7 +646,7 @@ class Service:
     async def _describe(self, device: Device) -> DeviceStatus:
         asked = {
             client: connection.ask(protocol.Describe(), protocol.Description, patient=True)
-            for client, connection in device.room.connections.items()
+            for client, connection in list(device.room.connections.items())  # asking may end one
             if connection.describes
         }
         if asked:
@@ -658,29 +654,8 @@ class Service:
         processes = []
         for client in device.room.connections:
             answer = asked[client].result() if client in asked else None
-            processes.append(answer.process if answer else _silent(client, device.table.name))
-        table = device.table
-        counters = table.counters
-        return DeviceStatus(
-            name=table.name,
-            title=table.title,
-            memory=table.memory,
-            limit=table.limit,
-            used=table.used,
-            weights=table.weights,
-            unused=table.unused,
-            quotas=table.quotas,
-            loads=counters.loads,
-            loaded_bytes=counters.loaded_bytes,
-            load_seconds=counters.load_seconds,
-            hits=counters.hits,
-            hit_bytes=counters.hit_bytes,
-            refusals=counters.refusals,
-            evictions=counters.evictions,
-            evicted_bytes=counters.evicted_bytes,
-            processes=processes,
-            chunks=table.statuses(),
-        )
+            processes.append(answer.process if answer else silent(client, device.table.name))
+        return device_status(device.table, processes)
 
 
 OBSERVERS = (protocol.Status, protocol.Ping, protocol.Bye)
@@ -718,18 +693,3 @@ class _Change:
     def wake(self) -> None:
         if not self.future.done():
             self.future.set_result(None)
-
-
-def _silent(client: Client, device: str) -> ProcessStatus:
-    """What is known of a process that does not describe itself."""
-    own = client.quota + sum(client.strays.values())
-    shared = sum(chunk.size for chunk in client.has)
-    pool = PoolStatus(
-        limit=0, quota=client.quota, reserved=own + shared, active=0, idle=0, requested=0, weights=0,
-        shared=shared, unused_weights=0, peak_reserved=0, driver_calls=0,
-    )  # fmt: skip
-    transfers = TransferStatus(loads=0, bytes=0, seconds=0.0, hits=0, hit_bytes=0)
-    return ProcessStatus(
-        pid=client.pid, name=client.name, device=device, release="", connected=True, reconnections=0, pool=pool,
-        models=[], transfers=transfers, chunks=[chunk.token for chunk in client.has],
-    )  # fmt: skip

@@ -30,6 +30,10 @@ Verify = Callable[[list[int]], None]
 """Checks the files of chunks, as the broker does where there is one."""
 
 
+class GaveWayError(SupersededError):
+    """Others who asked before wait for what this process has in use: begin again, behind them, as often as it takes."""
+
+
 def placed_alone(
     weights: Sequence[WeightSpec], granule: int, known: Sequence[RegionSpec]
 ) -> list[RegionSpec]:
@@ -154,8 +158,8 @@ class Share:
         """Give chunks that are loading their memory, and say `loaded` of each to the native pool.
 
         alone: without the broker, in memory that nobody else gets until this process is introduced to another.
-        Raises OutOfMemoryError, SupersededError (begin the use again), AlteredError, DriverError, and what `fill` does; what
-        is not loaded is still loading then, and the caller says that it failed.
+        Raises OutOfMemoryError, SupersededError and GaveWayError (begin the use again), AlteredError, DriverError, and what
+        `fill` does; what is not loaded is still loading then, and the caller says that it failed.
         """
         left = {self._tokens[number]: number for number in chunks}
         for number in left.values():
@@ -169,6 +173,8 @@ class Share:
             except BrokerGoneError:
                 self._make_alone(user, list(left.values()), fill, verify)
                 return
+            except SupersededError as error:
+                raise GaveWayError(str(error)) from error
             except UnknownTokenError as error:  # it came between two messages of ours
                 self._client.renew()
                 raise SupersededError(str(error)) from error

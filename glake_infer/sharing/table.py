@@ -74,7 +74,6 @@ class Table:
         self.clients: set[Client] = set()
         self.counters = Counters()
         self._clock = clock
-        self._moment = 0
         self._regions: dict[str, Region] = {}
         self._places: dict[str, list[Region]] = {}  # by the digest of a weight, the latest last
         self._chunks: dict[str, Chunk] = {}
@@ -112,11 +111,6 @@ class Table:
     def missing(self, needed: int) -> int:
         """Bytes that must go before so many more fit; 0 if they do."""
         return max(0, self.used + needed - self.limit)
-
-    def moment(self) -> int:
-        """A number that is larger than that of every chunk given so far."""
-        self._moment += 1
-        return self._moment
 
     def grow(self, client: Client, quota: int) -> int:
         """Let the client's private memory reach `quota` bytes; returns its quota. Raises NoRoomError."""
@@ -219,11 +213,9 @@ class Table:
         return told
 
     def forget(self, client: Client, tokens: Sequence[str]) -> None:
-        """The client refers to these regions no more, and has none of their chunks. Raises UnknownError."""
-        for token in tokens:
-            if token not in client.regions:
-                raise UnknownError("region", token)
-        for token in dict.fromkeys(tokens):
+        """The client refers to these regions no more, and has none of their chunks. Raises UnknownError in the end."""
+        unknown = [token for token in tokens if token not in client.regions]
+        for token in dict.fromkeys(token for token in tokens if token in client.regions):
             region = self._regions[token]
             del client.regions[token]
             region.clients.discard(client)
@@ -232,6 +224,8 @@ class Table:
                     self._unmake(client, chunk)
                     self._let_go(client, chunk)
             self._sweep(region)
+        if unknown:
+            raise UnknownError("region", unknown[0])
 
     def _placed(self, weight: WeightSpec) -> Region | None:
         """The region in which it lies with as many bytes at least."""
@@ -418,9 +412,11 @@ class Table:
         self._drop(chunk)
 
     def failed(self, client: Client, tokens: Iterable[str], *, known: bool = True) -> None:
-        """The client makes these no longer. Raises UnknownError, unless not `known`."""
-        for chunk in self.find(client, tokens) if known else self._known(tokens):
+        """The client makes these no longer. Raises UnknownError in the end, unless not `known`."""
+        for chunk in self._known(tokens):
             self._unmake(client, chunk)
+        if known:
+            self.find(client, tokens)
 
     def expire(self) -> list[tuple[Client, Chunk]]:
         """Take chunks from makers that are too late; returns whom and which."""
@@ -438,27 +434,27 @@ class Table:
     def released(self, client: Client, tokens: Iterable[str], *, drop: bool = False) -> list[Chunk]:
         """The client has them no more. With `drop` their memory goes, if nobody has them; returns which went.
 
-        Raises UnknownError.
+        Raises UnknownError, when all that is known has been released.
         """
         gone = []
-        for chunk in self.find(client, tokens):
+        for chunk in self._known(tokens):
             had = self._let_go(client, chunk)
             if had and drop and not chunk.holders:
                 self._drop(chunk)
                 gone.append(chunk)
+        self.find(client, tokens)
         return gone
 
-    def given(self, client: Client, tokens: Iterable[str], asked: int) -> list[Chunk]:
-        """The client has given these back, asked at that moment; what it was given since then it has.
+    def given(self, client: Client, tokens: Iterable[str]) -> list[Chunk]:
+        """The client has given these back, asked to do so.
 
         Returns those that nobody has now. What it does not have is passed over: it may have given that back otherwise.
         """
         left = []
         for chunk in self._known(tokens):
-            if chunk.token in client.strays or chunk.holders.get(client, asked) < asked:
-                self._let_go(client, chunk)
-                if chunk in self._unused:
-                    left.append(chunk)
+            self._let_go(client, chunk)
+            if chunk in self._unused:
+                left.append(chunk)
         return left
 
     def oldest_unused(self, keep: Iterable[Chunk] = ()) -> list[Chunk]:
@@ -489,7 +485,7 @@ class Table:
 
     def _hold(self, client: Client, chunk: Chunk) -> None:
         self._strays -= client.strays.pop(chunk.token, 0)
-        chunk.holders[client] = self.moment()
+        chunk.holders[client] = None
         client.has.add(chunk)
         self._unused.pop(chunk, None)
 
@@ -572,11 +568,13 @@ class Table:
                 self._hold(client, chunk)
             elif chunk.there:
                 disowned.append(each)
+                self._strays += chunk.size - client.strays.get(chunk.token, 0)
+                client.strays[chunk.token] = chunk.size
             else:
                 self._bring(client, chunk, each.memory, descriptor)
                 chunk.brought = True
                 check.append(chunk)
-        self._set_quota(client, brought.quota + sum(known[each.chunk].size for each in disowned))
+        self._set_quota(client, brought.quota)
         self._brought = self.used > self.limit
         return check, disowned
 
@@ -606,6 +604,11 @@ class Table:
                     raise wrong
             known[each.token] = there_too or Chunk(each.token, each.size, each.used, self._clock())
             seen.setdefault(each.token, (spec, number))
+
+    def close(self) -> None:
+        """Let go of all memory; the table is of no more use."""
+        for chunk in self._chunks.values():
+            chunk.descriptor = None
 
     # To be seen.
 

@@ -74,7 +74,7 @@ class Turns:
     def send_back(self, clients: Collection[Client]) -> bool:
         """Let the last in the line of these clients give way, unless it is urgent; whether there was one."""
         for turn in reversed(self._line):
-            if turn.client in clients and not turn.urgent:
+            if turn.client in clients and not turn.urgent and not turn.ready.done():
                 self._line.remove(turn)
                 turn.ready.set_exception(GiveWayError())
                 return True
@@ -104,6 +104,8 @@ class Turns:
         if into_line:
             self._line.append(turn)
             self._line.sort(key=lambda each: each.order)
-        if self._line:
-            self._holder = self._line.pop(0)
-            self._holder.ready.set_result(None)
+        while self._line and not self._holder:
+            first = self._line.pop(0)
+            if not first.ready.done():  # else it was cancelled, and does not know yet
+                self._holder = first
+                first.ready.set_result(None)

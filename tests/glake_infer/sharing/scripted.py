@@ -14,6 +14,7 @@ import numpy as np
 from glake_infer.digest import digest_of
 from glake_infer.sharing import protocol as p
 from glake_infer.sharing.channel import Channel, ProtocolError, close_all
+from glake_infer.sharing.connection import Times
 from glake_infer.sharing.status import PoolStatus, ProcessStatus, TransferStatus
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
@@ -338,3 +339,45 @@ class Peer:
         for _, descriptors in self._answers.values():
             close_all(descriptors)
         self.has, self._answers = {}, {}
+
+
+# Of brokers.
+
+SHORT = Times(hello=0.3, message=0.3, reading=0.3, answer=0.3, describe=0.2)
+GPU = "GPU-0123"
+
+
+def device(broker, name="cpu"):
+    """The table's figures."""
+
+    async def look():
+        table = broker.service.table(name)
+        table.check_invariants()
+        return table
+
+    return broker.do(look)
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def hears(broker, text):
+    """Wait for an event."""
+    until(lambda: any(text in event.text for event in broker.events))
+
+
+def kinds(broker):
+    return [event.kind for event in broker.events]
+
+
+def flipped(at):
+    def change(data):
+        data = bytearray(data)
+        data[at] ^= 1
+        return bytes(data)
+
+    return change

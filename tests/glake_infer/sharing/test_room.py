@@ -5,8 +5,7 @@ import threading
 import time
 
 import pytest
-from scripted import GRANULE, MiB, tokens_of
-from test_broker import GPU, SHORT, device, hears, kinds, until
+from scripted import GPU, GRANULE, SHORT, MiB, device, hears, kinds, tokens_of, until
 
 from glake_infer.sharing import protocol as p
 
@@ -302,7 +301,7 @@ class TestWaiting:
         assert 0.3 < time.monotonic() - began < 3
 
     def test_in_the_order_of_asking(self, start, join, files):
-        broker = start(limit=2 * GRANULE)
+        broker = start(limit=2 * GRANULE, patience=2.0)
         a = owns(join, broker, files, "a", 2)
         offers, a.offers, a.busy = a.offers, {}, GRANULE
         b, both = needs(join, broker, files, "b", 2)
