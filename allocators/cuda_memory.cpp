@@ -71,9 +71,9 @@ ChunkHandle CudaMemory::do_create_shared(std::size_t bytes) {
   context_->check(driver_.mem_create(&handle, bytes, &properties, 0), "creating device memory (cuMemCreate)", bytes);
   ChunkHandle made{handle, bytes, -1};
   try {
-    context_->check(
-        driver_.mem_export(&made.descriptor, made.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-        "exporting device memory (cuMemExportToShareableHandle; are too many files open? `ulimit -n`)", bytes);
+    context_->check(driver_.mem_export(&made.descriptor, made.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                    "exporting device memory (cuMemExportToShareableHandle; are too many files open? `ulimit -n`)",
+                    bytes);
   } catch (...) {
     do_destroy(made);
     throw;

@@ -182,8 +182,8 @@ void HostMemory::do_map(Address address, ChunkHandle handle, Access access) {
   // its pages are the file's all the same.
   const bool writable = access == Access::read_write;
   if (mmap(target, handle.bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-           (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_FIXED, descriptor, static_cast<off_t>(handle.value)) ==
-      MAP_FAILED) {
+           (writable ? MAP_SHARED : MAP_PRIVATE) | MAP_FIXED, descriptor,
+           static_cast<off_t>(handle.value)) == MAP_FAILED) {
     fail("mapping " + amount(handle.bytes) + " of the host pool (mmap)", errno);
   }
   if (madvise(target, handle.bytes, MADV_DONTFORK) != 0) {

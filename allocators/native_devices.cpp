@@ -123,7 +123,8 @@ void bind_devices(nb::module_& module) {
           },
           "size"_a, "Returns the handle and its descriptor.", Unlocked())
       .def(
-          "adopt", [](VirtualMemory& self, int descriptor, std::size_t bytes) { return self.adopt(descriptor, bytes).value; },
+          "adopt",
+          [](VirtualMemory& self, int descriptor, std::size_t bytes) { return self.adopt(descriptor, bytes).value; },
           "descriptor"_a, "size"_a, Unlocked())
       .def(
           "destroy",
@@ -134,9 +135,7 @@ void bind_devices(nb::module_& module) {
       .def(
           "map",
           [](VirtualMemory& self, Address address, std::uint64_t handle, std::size_t bytes, int descriptor,
-             const std::string& access) {
-            self.map(address, {handle, bytes, descriptor}, parse_access(access));
-          },
+             const std::string& access) { self.map(address, {handle, bytes, descriptor}, parse_access(access)); },
           "address"_a, "handle"_a, "size"_a, "descriptor"_a = -1, "access"_a = "read_write", Unlocked())
       .def(
           "freeze",

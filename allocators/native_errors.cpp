@@ -21,11 +21,11 @@ nb::object to_python(const OutOfMemory& record) {
   for (const Holder& holder : record.holders) {
     holders.append(nb::make_tuple(holder.label, tag_name(holder.tag), holder.bytes));
   }
-  return error_class("OutOfMemoryError")(
-      "requested"_a = record.requested, "active"_a = record.active, "idle"_a = record.idle,
-      "reserved"_a = record.reserved, "limit"_a = record.limit, "needed_limit"_a = record.needed_limit,
-      "device_free"_a = record.device_free, "holders"_a = holders, "device_full"_a = record.device_full,
-      "refusal"_a = record.refusal);
+  return error_class("OutOfMemoryError")("requested"_a = record.requested, "active"_a = record.active,
+                                         "idle"_a = record.idle, "reserved"_a = record.reserved,
+                                         "limit"_a = record.limit, "needed_limit"_a = record.needed_limit,
+                                         "device_free"_a = record.device_free, "holders"_a = holders,
+                                         "device_full"_a = record.device_full, "refusal"_a = record.refusal);
 }
 
 void translate(const std::exception_ptr& pointer, void*) {

@@ -16,7 +16,8 @@
 //   reserved   the physical memory that the pool holds. (On the host a page that was never touched costs nothing
 //              yet, so reserved is an upper bound.)
 //   limit      a hard budget over everything reserved
-//   quota      what other processes leave to this one: a budget over what is reserved and not shared with them. There is
+//   quota      what other processes leave to this one: a budget over what is reserved and not shared with them. There
+//   is
 //              none unless a grower asks for more when it is used up (share())
 //   shared     weights in memory that other processes have too (weights.hpp)
 //
@@ -39,7 +40,8 @@
 //        reserved more than 3 % and 16 MiB above that demand, idle chunks that cannot serve are given back; where it
 //        would exceed the limit, too
 //     4. weights that may go make room (weights.hpp), and it is tried again
-//     5. where the quota is in the way, or the device is full: the grower is asked, without the lock, and it is tried again
+//     5. where the quota is in the way, or the device is full: the grower is asked, without the lock, and it is tried
+//     again
 //     6. OutOfMemory: the chunks in use and those that are missing exceed the limit
 //
 // Streams. Memory of a stream's arena is used on that stream alone, so it is reused there without waiting. Whole idle
@@ -258,10 +260,10 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::size_t trim(std::size_t target = 0);
   // Gives idle chunks back as needed, and weights that may go. Throws LimitTooLow, with the old limit in force.
   void set_limit(std::size_t limit);
-  // From now on the pool has a quota, at first of what it has reserved itself. `grower` is called, without the lock, from
-  // any thread, when a request needs a quota of so many bytes (set_quota), or more room on the device (full); it returns
-  // why not, or nothing. `gone_event`: see Weights::tell_gone. False, and nothing changed, where the pool has a grower.
-  // Throws LimitTooLow in debug mode.
+  // From now on the pool has a quota, at first of what it has reserved itself. `grower` is called, without the lock,
+  // from any thread, when a request needs a quota of so many bytes (set_quota), or more room on the device (full); it
+  // returns why not, or nothing. `gone_event`: see Weights::tell_gone. False, and nothing changed, where the pool has a
+  // grower. Throws LimitTooLow in debug mode.
   using Grower = std::function<std::string(std::size_t quota, bool full)>;
   [[nodiscard]] bool share(Grower grower, int gone_event);
   // No grower and no quota any more, if that event belongs to the present ones.

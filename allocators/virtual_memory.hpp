@@ -118,8 +118,8 @@ class VirtualMemory {
     do_map(address, handle, access);
     if (observer_ != nullptr) observer_->mapped(address, handle.bytes);
   }
-  // Makes a chunk read-only at all the addresses at which it is mapped. Of shared memory on the host: for everybody and for
-  // good. After an error it may be so at some of them.
+  // Makes a chunk read-only at all the addresses at which it is mapped. Of shared memory on the host: for everybody and
+  // for good. After an error it may be so at some of them.
   void freeze(ChunkHandle handle, std::span<const Address> addresses) {
     count("freeze", handle.bytes);
     do_freeze(handle, addresses);

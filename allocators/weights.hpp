@@ -15,8 +15,8 @@
 //   then the least recently used, where a chunk of several users counts as its most important and latest one. Never
 //   what a busy user, or an awake one that is not evictable, needs. A chunk is active while it is not absent and has a
 //   user. Bytes of chunks that are not absent are reserved in the budget. Memory is unmapped once the device has done
-//   all work that was queued when its last user ended. Shared chunks that became absent, but for those of give_up(), are
-//   told by take_gone().
+//   all work that was queued when its last user ended. Shared chunks that became absent, but for those of give_up(),
+//   are told by take_gone().
 //
 // Not thread-safe: Pool locks, and waits where begin() says so. Functions that throw have changed nothing, unless
 // noted.
@@ -44,8 +44,8 @@ class WeightBudget {
   virtual void unreserve(std::size_t bytes, bool shared) noexcept = 0;
   // By how much that many bytes (and of them the shared ones) would exceed the limit, with all idle memory given back.
   [[nodiscard]] virtual std::size_t excess(std::size_t bytes, std::size_t shared) = 0;
-  // Whether the quota is nearer than the limit, with so much more shared memory: then it is of no use that shared memory
-  // goes.
+  // Whether the quota is nearer than the limit, with so much more shared memory: then it is of no use that shared
+  // memory goes.
   [[nodiscard]] virtual bool quota_binds(std::size_t shared) const noexcept = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
@@ -140,7 +140,8 @@ class Weights {
     bool drop = false;
   };
   [[nodiscard]] std::vector<Gone> take_gone();
-  // A file descriptor (eventfd) that gets 1 added when there begins to be something for take_gone(); it must outlive this.
+  // A file descriptor (eventfd) that gets 1 added when there begins to be something for take_gone(); it must outlive
+  // this.
   void tell_gone(int event) noexcept { gone_event_ = event; }
   // The shared chunks that may go now.
   struct Offer {
@@ -157,8 +158,9 @@ class Weights {
 
   // The user is not busy (asked by the caller). What no awake user needs becomes absent; returns the bytes.
   std::size_t suspend(Id user);
-  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. Shared ones are of use
-  // only against the limit: not where the quota binds or the device is full, as another process may keep their memory.
+  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. Shared ones are of
+  // use only against the limit: not where the quota binds or the device is full, as another process may keep their
+  // memory.
   enum class Which : std::uint8_t { all, own };
   std::size_t evict(std::size_t bytes, Which which) noexcept;
   // The bytes that evict() could make absent.

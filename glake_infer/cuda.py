@@ -113,7 +113,9 @@ def uuid(index: int) -> str:
     driver = _driver()
     device, _ = _primary_context(index)
     ask = getattr(driver, "cuDeviceGetUuid_v2", driver.cuDeviceGetUuid)
-    return str(UUID(bytes=bytes(_check("cuDeviceGetUuid", ask(device), f"asking what cuda:{index} is").bytes)))
+    return str(
+        UUID(bytes=bytes(_check("cuDeviceGetUuid", ask(device), f"asking what cuda:{index} is").bytes))
+    )
 
 
 def compute_capability(index: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from glake_infer.allocators.errors import (
     OutOfMemoryError,
     StoreError,
 )
+from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.allocators.snapshot import Range
 from glake_infer.models.graph import all_nodes, initializers, is_external
@@ -34,7 +36,7 @@ from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
 from glake_infer.models.status import monitor_if_asked
 from glake_infer.models.values import FOREIGN, value_of_argument
-from glake_infer.pool import Pool
+from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Span, Wanted, mappings_of
 from glake_infer.store import Store
 
@@ -224,7 +226,7 @@ def maps_weights(pool: Pool) -> bool:
 
 def _pool_for(pool: Pool | None, device: str | None) -> Pool:
     if pool is None:
-        return Pool.current(device or "cpu") or Pool(device=device or "cpu")
+        return Pool.current(device or "cpu") or BrokeredPool(device=device or "cpu")
     if device is not None and parse_device(device) != pool.device:
         raise InputError(
             f"device={device!r} was given with a pool on {pool.device!r}. A model runs on its pool's device: give "
@@ -349,9 +351,11 @@ def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
     for w in prepared.weights:
         folder = store.prepared_objects if w.derived else store.objects
         hint = found.get(w.digest)
-        more = (hint.group, hint.pieces, hint.edges) if hint else ()
         by_file = model._maps and not (shares and w.injected)
-        wanted.append(Wanted(w.digest, w.length, w.mapped, folder, *more, by_file=by_file))
+        item = Wanted(w.digest, w.length, w.mapped, folder, by_file=by_file)
+        if hint:
+            item = replace(item, group=hint.group, pieces=hint.pieces, edges=hint.edges)
+        wanted.append(item)
     return wanted
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from glake_infer.allocators.errors import InputError, ModelError
+from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
 from glake_infer.models.manifest import Value
@@ -23,7 +24,7 @@ from glake_infer.models.model import Model, ModelMemory, Sharing
 from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
 from glake_infer.models.runtime import Runtime
-from glake_infer.pool import Pool
+from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
 from glake_infer.store import Store, temporary_sibling
@@ -152,7 +153,7 @@ def run(
     overrides, given_shapes = parse_overrides(inputs, names), parse_shapes(shapes, names)
     store = store or Store()
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(Pool(device=device, limit=limit, broker=broker))
+        pool = stack.enter_context(BrokeredPool(device=device, limit=limit, broker=broker))
         runtime = stack.enter_context(Runtime(pool=pool, store=store))
         loaded = _load_all(names, [Path(path) for path in paths], runtime, sharing, intra_op, store, progress)
         _feed_all(loaded, overrides, given_shapes, seed)

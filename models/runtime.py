@@ -11,10 +11,11 @@ from typing import Any
 
 from glake_infer.allocators.attach import import_onnxruntime
 from glake_infer.allocators.errors import GlakeError, InputError
+from glake_infer.allocators.pool import Pool
 from glake_infer.models.gate import Gate
 from glake_infer.models.load import CUDA_PROVIDER, load
 from glake_infer.models.model import Model, ModelClosedError
-from glake_infer.pool import Pool
+from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import HostCopy
 from glake_infer.store import Store
 
@@ -52,9 +53,11 @@ class Runtime:
         store: Store | None = None,
     ) -> None:
         if pool is not None and (limit, device, broker) != (None, None, None):
-            raise InputError("a Runtime takes a pool, or limit, device and broker for one of its own, not both.")
+            raise InputError(
+                "a Runtime takes a pool, or limit, device and broker for one of its own, not both."
+            )
         self._own = pool is None
-        self.pool = pool or Pool(device or _default_device(), limit, broker=broker)
+        self.pool: Pool = pool or BrokeredPool(device or _default_device(), limit, broker=broker)
         self.host_copy: HostCopy = host_copy
         self._store = store
         self._gate = Gate()

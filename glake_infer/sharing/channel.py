@@ -92,9 +92,7 @@ def segments(message: Message, descriptors: Sequence[int] = ()) -> Iterator[tupl
 
 def send_some(sock: socket.socket, data: bytes | memoryview, descriptors: Sequence[int]) -> int:
     """One sendmsg; returns how many bytes went. The descriptors go with the first byte."""
-    ancillary = (
-        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    )
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     return sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
 
 
@@ -156,7 +154,9 @@ class Frames:
         try:
             message = decode(bytes(self._data[HEADER.size : HEADER.size + length]))
         except (ValidationError, RecursionError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deep"}
+            first = (
+                error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "too deep"}
+            )
             where = ".".join(map(str, first["loc"]))
             raise ProtocolError(f"a message is not as the protocol says: {where}: {first['msg']}.") from None
         del self._data[: HEADER.size + length]

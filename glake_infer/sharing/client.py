@@ -380,8 +380,9 @@ class Client:
             try:
                 with self._sending:
                     self._send_gone()
-                    waiting = self._send(message, descriptors, waits=True)
-                assert waiting is not None
+                    asked = self._send(message, descriptors, waits=True)
+                assert asked is not None
+                waiting = asked
                 answer = self._wait(waiting)
                 break
             except BrokerGoneError:  # the next one knows nothing of the question

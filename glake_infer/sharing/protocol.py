@@ -184,7 +184,9 @@ class Refusal(Answer):
     """
 
     kind: Literal["refusal"] = "refusal"
-    reason: Literal["version", "user", "message", "unknown", "memory", "altered", "unreadable", "lost", "full"]
+    reason: Literal[
+        "version", "user", "message", "unknown", "memory", "altered", "unreadable", "lost", "full"
+    ]
     message: Text
     digest: str = ""
     path: Text = ""

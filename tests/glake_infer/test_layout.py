@@ -135,7 +135,7 @@ def test_any_weights_behind_a_tail(seed, granule):
 @granules
 @pytest.mark.parametrize("seed", SEEDS)
 def test_any_weights_with_groups_in_chunks_of_their_own(seed, granule):
-    """Aligned: a chunk has weights of one group, nothing goes into a tail, and no granule more is taken than a group needs."""
+    """Aligned: a chunk has weights of one group, nothing goes into a tail, and a group takes no granule too many."""
     items = random_items(seed)
     regions = layout.plan(items, granule, no_twin, lambda size: pytest.fail("no tails"), aligned=True)
     sizes = {item.digest: item.size for item in items}

@@ -1,0 +1,78 @@
+"""Every scene of `benchmarks.broker`, tiny and on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+RIGHT = {
+    "six": {"processes": 2},
+    "attach": {
+        "right": True,
+        "all_right": True,
+        "same_as_loaded": True,
+        "loaded_again": 0,
+        "processes_left": 0,
+        "complaints": {},
+    },
+    "cycles": {"wrong": {"twin": 0, "client": 0}, "processes_left": 0, "complaints": {}},
+    "start": {"differ_from_without_broker": [], "complaints": {}},
+    "budget": {"wrong": 0, "twin_wrong": 0, "samples_over_limit": 0, "complaints": {}},
+}
+KEPT = {  # bounds that hold at any size, on any machine
+    "attach": ["chunks that the broker holds"],
+    "cycles": ["descriptors more than after 4", "threads more than after 4"],
+    "budget": ["used at the most, by the broker", "memfds at the most"],
+}
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Each scene's line, from a copy of the benchmarks whose results do not go into this checkout."""
+    folder = tmp_path_factory.mktemp("broker")
+    links = folder / "links" / "benchmarks"
+    links.mkdir(parents=True)
+    for file in BENCHMARKS.glob("*.py"):
+        (links / file.name).symlink_to(file)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(links.parent)}
+    command = [sys.executable, "-m", "benchmarks.broker", "--device", "cpu", "--scale", "0.02", "--json"]
+    command += ["--folder", str(folder)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert (links / "results" / "broker-cpu.jsonl").read_text() == done.stdout
+    assert [path.name for path in folder.iterdir()] == ["links"]
+    return {line["scene"]: line for line in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("scene", RIGHT)
+def test_scene(scene, lines):
+    found = lines[scene]
+    assert found["benchmark"] == "broker-cpu"
+    assert {key: found[key] for key in RIGHT[scene]} == RIGHT[scene]
+    for figure in found["figures"]:
+        if "most" in figure and figure["what"] in KEPT.get(scene, []):
+            assert figure.get("ratio", figure["value"]) <= figure["most"], figure
+
+
+def test_six_processes_answer_the_same_and_make_each_chunk_once(lines):
+    for case in lines["six"]["cases"].values():
+        assert case.keys() == {"plain", "fast", "fast, broker", "lean", "lean, broker"}
+        for name, found in case.items():
+            assert found["memory"] > 0
+            if name == "plain":
+                continue
+            assert found["same_as_without_broker"]
+            assert found["same_as_plain"] or (name.startswith("lean") and found["difference"] < 1e-5)
+            if "broker" in name:
+                assert found["loads_of_chunks"] == found["chunks"] > 0
+                assert found["complaints"] == {}
+
+
+def test_the_budget_is_one_that_binds(lines):
+    assert lines["budget"]["weights"] > lines["budget"]["limit"]
+    assert lines["budget"]["evictions"] > 0
