@@ -97,6 +97,29 @@ class TestChecks:
         b.expect(p.Acquired, p.Acquire(chunks=tokens_of(regions)))
         assert b.loaded(tokens_of(regions)).reason == "altered"
 
+    @pytest.mark.parametrize("which", ["_check_file", "_compare"])
+    def test_a_file_that_is_touched_while_it_is_read(self, broker, join, files, monkeypatch, which):
+        """Nobody knows which bytes were read."""
+        name = "digest_of_range" if which == "_check_file" else "_opened"
+        original = getattr(checks, name)
+
+        def touching(first, *rest):
+            os.utime(first.path if which == "_compare" else f"/proc/self/fd/{first}")
+            return original(first, *rest)
+
+        client, weights, tokens = self.acquired(broker, join, files)
+        client.loaded(tokens, change=flipped(0))  # so that the files are known
+        if which == "_check_file":
+            for weight in weights:
+                os.utime(weight.path)
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, name, touching)
+            client.expect(p.Acquired, p.Acquire(chunks=tokens))
+            refusal = client.loaded(tokens)
+        assert refusal.reason == "altered"
+        assert "was changed while it was read" in refusal.message
+        self.then_it_is_right(broker, client, tokens)
+
     @pytest.mark.parametrize(
         "make", [lambda path: None, lambda path: path.mkdir(), os.mkfifo], ids=["none", "dir", "fifo"]
     )

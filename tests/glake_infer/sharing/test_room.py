@@ -315,6 +315,21 @@ class TestWaiting:
         answer, _ = c.wait(second)
         assert answer.reason == "memory"  # b makes its chunks, and nothing else is left
 
+    def test_what_would_fit_does_not_overtake(self, start, join, files):
+        """Else who needs much would wait for ever."""
+        broker = start(limit=3 * GRANULE)
+        a = owns(join, broker, files, "a", 2)
+        offers, a.offers, a.busy = a.offers, {}, GRANULE
+        b, two = needs(join, broker, files, "b", 2)
+        c, one = needs(join, broker, files, "c")
+        first = b.start(p.Acquire(chunks=two))
+        assert b.waits(first, 0.1)
+        second = c.start(p.Acquire(chunks=one))
+        assert c.waits(second, 0.2)
+        a.offers, a.busy = offers, 0
+        assert b.wait(first)[0].make == two
+        assert c.wait(second)[0].make == one
+
     def test_runs_that_go_on_get_their_memory_while_others_wait(self, start, join, files):
         broker = start(limit=3 * GRANULE)
         a = owns(join, broker, files, "a", 2)
