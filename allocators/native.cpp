@@ -313,7 +313,7 @@ NB_MODULE(_native, module) {
           "give_up", [](Pool& self, const std::vector<Weights::Id>& chunks) { return self.give_up(chunks); },
           "chunks"_a, Unlocked())
       .def("share", &share, "grower"_a, "gone_event"_a,
-           nb::sig("def share(self, grower: Callable[[int, bool], str], gone_event: int) -> bool"))
+           nb::sig("def share(self, grower: Any, gone_event: int) -> bool"))
       .def("unshare", &Pool::unshare, "gone_event"_a, Unlocked())
       .def("set_quota", &Pool::set_quota, "quota"_a, Unlocked())
       .def(
