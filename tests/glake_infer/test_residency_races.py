@@ -99,9 +99,9 @@ def test_a_collection_while_weights_are_placed(pool, folder, kind, monkeypatch):
     del h
     real = Residency._place
 
-    def place(self, missing):
+    def place(self, missing, specs):
         gc.collect()  # may happen at any allocation
-        return real(self, missing)
+        return real(self, missing, specs)
 
     monkeypatch.setattr(Residency, "_place", place)
     again = table.hold([*a, b], 2)
@@ -115,8 +115,8 @@ def test_a_collection_after_that_takes_nothing_of_the_new(pool, table, folder, m
     del h
     real = Residency._place
 
-    def place(self, missing):
-        real(self, missing)
+    def place(self, missing, specs):
+        real(self, missing, specs)
         gc.collect()
 
     monkeypatch.setattr(Residency, "_place", place)
@@ -497,10 +497,10 @@ def test_a_child_of_fork_does_not_hang(tmp_path, monkeypatch, what):
     inside = threading.Event()
     real = Residency._place
 
-    def place(self, missing):
+    def place(self, missing, specs):
         inside.set()
         time.sleep(1)
-        real(self, missing)
+        real(self, missing, specs)
 
     monkeypatch.setattr(Residency, "_place", place)
     t = threading.Thread(target=table.hold, args=(b, 2))
@@ -523,10 +523,10 @@ def test_a_close_is_done_when_it_returns(pool, table, folder, monkeypatch):
     check(holding, a)
     inside, real = threading.Event(), Residency._place
 
-    def place(self, missing):
+    def place(self, missing, specs):
         inside.set()
         time.sleep(0.5)
-        real(self, missing)
+        real(self, missing, specs)
 
     monkeypatch.setattr(Residency, "_place", place)
     thread = threading.Thread(target=table.hold, args=(b, 2))
