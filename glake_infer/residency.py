@@ -242,6 +242,7 @@ class Residency:
         They are absent until the holding is used for the first time, unless another has them there. Raises
         AlteredObjectError (bytes are wrong or gone), OutOfMemoryError or DriverError; then nothing is held.
         """
+        self._refuse_child()
         items = {item.digest: item for item in wanted}
         for item in items.values():
             if not self._shares(item):  # the broker checks what it gives
