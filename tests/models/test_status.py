@@ -226,7 +226,7 @@ def test_a_model_that_closes_while_it_is_described_is_left_out(workshop, pool, m
     model = load(workshop, "a", pool)
     original = Holding.weigh
 
-    def closing(self):
+    def closing(self, patience=-1):
         weighed = original(self)
         model.close()
         return weighed

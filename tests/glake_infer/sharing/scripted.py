@@ -295,9 +295,12 @@ class Peer:
         return self.expect(p.Granted, p.Grow(quota=quota, full=full)).quota
 
     def release(self, *tokens, drop=False):
-        for token in tokens:
-            os.close(self.has.pop(token)[1])
-        self.expect(p.Done, p.Released(chunks=list(tokens), drop=drop))
+        with self.lock:  # what the broker has asked for meanwhile is given
+            released = [token for token in tokens if token in self.has]
+            for token in released:
+                os.close(self.has.pop(token)[1])
+            number = self.start(p.Released(chunks=released, drop=drop))
+        assert isinstance(self.wait(number)[0], p.Done)
 
     def forget(self, *regions):
         for region in regions:
