@@ -287,9 +287,10 @@ class Peer:
     def verify(self):
         """Every byte that it has is right."""
         regions = {chunk.token: r for r in self.regions.values() for chunk in r.chunks}
-        for token, (_, descriptor) in list(self.has.items()):
-            size = os.fstat(descriptor).st_size
-            assert os.pread(descriptor, size, 0) == content_of(regions[token], token)
+        with self.lock:  # else it may be given away meanwhile
+            for token, (_, descriptor) in self.has.items():
+                size = os.fstat(descriptor).st_size
+                assert os.pread(descriptor, size, 0) == content_of(regions[token], token)
 
     def grow(self, quota, full=False):
         return self.expect(p.Granted, p.Grow(quota=quota, full=full)).quota
