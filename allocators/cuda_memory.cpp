@@ -51,10 +51,12 @@ void CudaMemory::do_release(Address address, std::size_t bytes) noexcept {
   context_->report(driver_.mem_address_free(address, bytes), "releasing address space (cuMemAddressFree)", bytes);
 }
 
-ChunkHandle CudaMemory::do_create(std::size_t bytes) {
+ChunkHandle CudaMemory::do_create(std::size_t bytes) { return create(bytes, properties_); }
+
+ChunkHandle CudaMemory::create(std::size_t bytes, const CUmemAllocationProp& properties) {
   const CurrentContext current(*context_);
   CUmemGenericAllocationHandle handle = 0;
-  context_->check(driver_.mem_create(&handle, bytes, &properties_, 0), "creating device memory (cuMemCreate)", bytes);
+  context_->check(driver_.mem_create(&handle, bytes, &properties, 0), "creating device memory (cuMemCreate)", bytes);
   return {handle, bytes};
 }
 
@@ -67,9 +69,7 @@ ChunkHandle CudaMemory::do_create_shared(std::size_t bytes) {
   const CurrentContext current(*context_);
   CUmemAllocationProp properties = properties_;
   properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-  CUmemGenericAllocationHandle handle = 0;
-  context_->check(driver_.mem_create(&handle, bytes, &properties, 0), "creating device memory (cuMemCreate)", bytes);
-  ChunkHandle made{handle, bytes, -1};
+  ChunkHandle made = create(bytes, properties);
   try {
     context_->check(driver_.mem_export(&made.descriptor, made.value, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
                     "exporting device memory (cuMemExportToShareableHandle; are too many files open? `ulimit -n`)",

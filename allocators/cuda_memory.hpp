@@ -52,6 +52,7 @@ class CudaMemory final : public VirtualMemory {
   void do_fill(Address address, std::size_t bytes, unsigned char value, StreamHandle stream) override;
   void do_read(void* target, Address source, std::size_t bytes) override;
 
+  [[nodiscard]] ChunkHandle create(std::size_t bytes, const CUmemAllocationProp& properties);
   void set_access(Address address, std::size_t bytes, CUmemAccess_flags access);
   // Waits for what was queued on private_stream_, and for nothing else.
   void finish_private(CUresult queued, const char* attempt, std::size_t bytes);

@@ -52,6 +52,12 @@ void report(const char* what, std::size_t bytes) noexcept {
                std::strerror(errno));
 }
 
+// -1 and errno where it fails.
+int create_file(unsigned flags) noexcept {
+  const int descriptor = memfd_create(HostMemory::name, flags | MFD_NOEXEC_SEAL);
+  return descriptor < 0 && errno == EINVAL ? memfd_create(HostMemory::name, flags) : descriptor;
+}
+
 constexpr int frozen_seals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
 
 Address to_address(const void* pointer) noexcept { return reinterpret_cast<Address>(pointer); }
@@ -60,8 +66,7 @@ void* to_pointer(Address address) noexcept { return reinterpret_cast<void*>(addr
 }  // namespace
 
 HostMemory::HostMemory() {
-  descriptor_ = memfd_create(name, MFD_CLOEXEC | MFD_NOEXEC_SEAL);
-  if (descriptor_ < 0 && errno == EINVAL) descriptor_ = memfd_create(name, MFD_CLOEXEC);
+  descriptor_ = create_file(MFD_CLOEXEC);
   if (descriptor_ < 0) fail("memfd_create (the file that backs the host pool)", errno);
 }
 
@@ -121,8 +126,7 @@ ChunkHandle HostMemory::do_create(std::size_t bytes) {
 }
 
 ChunkHandle HostMemory::do_create_shared(std::size_t bytes) {
-  int descriptor = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
-  if (descriptor < 0 && errno == EINVAL) descriptor = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  const int descriptor = create_file(MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (descriptor < 0) fail("creating " + amount(bytes) + " of shared memory (memfd_create)", errno);
   if (ftruncate(descriptor, static_cast<off_t>(bytes)) != 0) {
     const int error = errno;

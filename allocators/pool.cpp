@@ -368,7 +368,6 @@ bool Pool::share(Grower grower, int gone_event) {
   if (debug_) throw LimitTooLow(0, debug_->active());
   if (grower_) return false;
   grower_ = std::move(asked);
-  gone_event_ = gone_event;
   resident_.tell_gone(gone_event);
   quota_ = chunks_.reserved() - shared_;
   chunks_.set_limit(limit_with(shared_));
@@ -378,7 +377,7 @@ bool Pool::share(Grower grower, int gone_event) {
 void Pool::unshare(int gone_event) {
   std::shared_ptr<const Grower> old;  // destroyed without the lock: it may take the interpreter's
   const Operation operation(*this);
-  if (!grower_ || gone_event_ != gone_event) return;
+  if (!grower_ || resident_.gone_event() != gone_event) return;
   grower_.swap(old);
   resident_.tell_gone(-1);
   quota_ = no_quota;

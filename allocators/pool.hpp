@@ -374,7 +374,6 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::size_t quota_ = no_quota;
   std::size_t shared_ = 0;
   std::shared_ptr<const Grower> grower_;
-  int gone_event_ = -1;
   static constexpr std::size_t no_quota = ~std::size_t{0};
   std::unique_ptr<VirtualMemory> memory_;
   StreamOrder* const order_;  // null where there are no streams

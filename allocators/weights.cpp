@@ -313,27 +313,23 @@ void Weights::make_present(Chunk& chunk) {
   }
   reserved_ += chunk.bytes;
   if (chunk.shared()) shared_ += chunk.bytes;
-  std::size_t mapped = 0;
   try {
     if (chunk.kind == Kind::memory) {
+      std::optional<PhysicalMemory> physical;
       try {
-        chunk.physical.emplace(memory_, chunk.bytes);
+        physical.emplace(memory_, chunk.bytes);
       } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
         budget_.give_back_idle();
         evict(chunk.bytes, Which::own);
-        chunk.physical.emplace(memory_, chunk.bytes);
+        physical.emplace(memory_, chunk.bytes);
       }
-      for (const Address address : chunk.places) {
-        memory_.map(address, chunk.physical->handle());
-        ++mapped;
-      }
+      take(chunk, std::move(*physical), Access::read_write);
     }
     chunk.state = State::loading;
     if (!chunk.users.empty()) activate(chunk);
   } catch (...) {
     chunk.state = State::absent;
-    for (std::size_t i = 0; i < mapped; ++i) memory_.unmap(chunk.places[i], chunk.bytes);
-    chunk.physical.reset();
+    clear(chunk);
     reserved_ -= chunk.bytes;
     if (chunk.shared()) shared_ -= chunk.bytes;
     budget_.unreserve(chunk.bytes, chunk.shared());

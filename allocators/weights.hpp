@@ -143,6 +143,7 @@ class Weights {
   // A file descriptor (eventfd) that gets 1 added when there begins to be something for take_gone(); it must outlive
   // this.
   void tell_gone(int event) noexcept { gone_event_ = event; }
+  [[nodiscard]] int gone_event() const noexcept { return gone_event_; }
   // The shared chunks that may go now.
   struct Offer {
     Id chunk = 0;

@@ -752,34 +752,33 @@ class Residency:
                     self._pinned[chunk] = _Copy(made, size, {holding})
 
     def _weigh(self, holding: Holding, patience: float) -> Weighed:
-        if not self._lock.acquire(timeout=patience):
-            return holding.weighed
-        try:
-            holding.weighed = self._weigh_now(holding)
-            return holding.weighed
-        finally:
-            self._lock.release()
-            self._give_back_closed(wait=False)
+        if self._lock.acquire(timeout=patience):
+            try:
+                holding.weighed = self._weigh_now(holding)
+            finally:
+                self._lock.release()
+                self._give_back_closed(wait=False)
+        return holding.weighed
 
     def _weigh_now(self, holding: Holding) -> Weighed:
-        with self._lock:
-            if holding.closed:
-                return Weighed(0, 0, 0, 0, {})
-            shared = own = 0
-            others: dict[int, int] = {}
-            for digest in holding.addresses:
-                entry = self._entries[digest]
-                size = entry.wanted.mapped
-                if len(entry.users) > 1:
-                    shared += size
-                    for user in entry.users:
-                        if user != holding.user:
-                            others[user] = others.get(user, 0) + size
-                else:
-                    own += size
-            pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
-            missing = int(self._native.user(holding._number)["missing"])
-            return Weighed(shared, own, missing, pinned, others)
+        """Under the lock."""
+        if holding.closed:
+            return Weighed(0, 0, 0, 0, {})
+        shared = own = 0
+        others: dict[int, int] = {}
+        for digest in holding.addresses:
+            entry = self._entries[digest]
+            size = entry.wanted.mapped
+            if len(entry.users) > 1:
+                shared += size
+                for user in entry.users:
+                    if user != holding.user:
+                        others[user] = others.get(user, 0) + size
+            else:
+                own += size
+        pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
+        missing = int(self._native.user(holding._number)["missing"])
+        return Weighed(shared, own, missing, pinned, others)
 
 
 class Holding:

@@ -132,7 +132,6 @@ class Client:
         Raises BrokerGoneError (nobody there), GlakeError (another version or user, or the broker refused).
         """
         self.socket = socket
-        self.connected = False
         self.reconnections = 0
         self.loads = self.load_bytes = self.hits = self.hit_bytes = 0
         self.load_seconds = 0.0
@@ -146,11 +145,9 @@ class Client:
         self._channel: Channel | None = None
         self._closed = False
         self._process = os.getpid()
-        self._condition = threading.Condition()  # of _channel, connected, _waiting
+        self._condition = threading.Condition()  # of _channel, _waiting
         self._sending = threading.Lock()
-        self._greeting = (
-            False  # Hello is out and Welcome is not in: nothing else is sent, and nothing is forgotten
-        )
+        self._greeting = False  # Hello is out, Welcome is not in: nothing else is sent, nothing is forgotten
         self._forgotten: collections.deque[Forgotten] = collections.deque()
         self._waiting: dict[int, _Waiting] = {}
         self._renewals = 0  # how often something was made that no broker knew of
@@ -274,6 +271,11 @@ class Client:
             self._lost(channel, "some memory was made without it")
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a broker just now."""
+        return self._channel is not None
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
@@ -316,7 +318,6 @@ class Client:
         self._tasks.put(None)
         with self._condition:
             channel, self._channel = self._channel, None
-            self.connected = False
             waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
             event, self._event = self._event, -1
@@ -527,7 +528,6 @@ class Client:
             if self._channel is not channel:
                 return
             self._channel = None
-            self.connected = False
             self._since = time.monotonic()
             waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
@@ -592,7 +592,6 @@ class Client:
                     return
                 self._channel = channel
                 self._heard = self._connected = time.monotonic()
-                self.connected = True
                 self.reconnections += not first
                 self._condition.notify_all()
         except BaseException:
@@ -738,7 +737,6 @@ def _forget_connections() -> None:
             with contextlib.suppress(OSError):
                 os.close(client._channel.socket.detach())
             client._channel = None
-        client.connected = False
 
 
 def _say_goodbye() -> None:

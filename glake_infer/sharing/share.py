@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from glake_infer.allocators.errors import OutOfMemoryError
 from glake_infer.sharing import protocol
+from glake_infer.sharing.channel import close_all
 from glake_infer.sharing.client import Client, Held, new_memory
 from glake_infer.sharing.entries import Client as TableClient
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec, Resume, WeightSpec
@@ -217,8 +218,7 @@ class Share:
             self._client.let_go(memory.chunk for memory in answer.given[len(done) :])
             raise
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
         for memory in answer.given:
             del left[memory.chunk]
         self._client.took(len(done), size)
@@ -230,7 +230,7 @@ class Share:
         if not numbers:
             return
         descriptors: list[int] = []
-        memories = [ChunkMemory(chunk=self._tokens[number], memory=new_memory()) for number in numbers]
+        memories = self._new_memories(numbers)
         start = time.perf_counter()
         try:
             for number in numbers:
@@ -256,13 +256,14 @@ class Share:
                 self._memories.pop(number, None)
                 self._native.unmake(number)
             self._client.failed(memory.chunk for memory in memories)
-            self._client.let_go(
-                memory.chunk for memory in memories
-            )  # if it was taken while this was interrupted
+            # If they were taken while this was interrupted:
+            self._client.let_go(memory.chunk for memory in memories)
             raise
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            close_all(descriptors)
+
+    def _new_memories(self, numbers: list[int]) -> list[ChunkMemory]:
+        return [ChunkMemory(chunk=self._tokens[number], memory=new_memory()) for number in numbers]
 
     def _make_alone(self, user: int, numbers: list[int], fill: Fill, verify: Verify) -> None:
         """Make chunks while there is no broker."""
@@ -274,8 +275,7 @@ class Share:
         verify(numbers)  # not while they were read, either
         for number in numbers:
             self._native.freeze(number)
-        memories = [ChunkMemory(chunk=self._tokens[number], memory=new_memory()) for number in numbers]
-        self._alone(user, numbers, memories)
+        self._alone(user, numbers, self._new_memories(numbers))
 
     def _alone(self, user: int, numbers: list[int], memories: list[ChunkMemory]) -> None:
         self._memories.update(zip(numbers, memories, strict=True))
