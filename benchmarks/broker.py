@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from glake_infer.sharing.status import DeviceStatus, MachineStatus
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-SETTINGS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 OURS = ("glake", "broker")
 POPULATE_READ = 22  # MADV_POPULATE_READ
@@ -187,24 +187,9 @@ class Worker:
     def session(self, path: str) -> Any:
         """A session of ONNX Runtime as it is."""
         options = self.ort.SessionOptions()
-        options.log_severity_level = 3
         quieten(options)
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self.cuda:
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(self.index), **SETTINGS}))
-        source: str | bytes = path
-        if self.side == "graph":
-            from glake_infer.models.package import Package
-            from glake_infer.store import Store
-
-            package = Package(Path(path), Store())
-            variant = "cuda" if self.cuda and "cuda" in package.manifest.variants else "onnx"
-            source = package.graph(variant).SerializeToString()
-            entry = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(entry, str(package.store.root))
-        made = self.ort.InferenceSession(source, options, providers=providers)
-        assert not self.cuda or made.get_providers()[0] == "CUDAExecutionProvider"
-        return made
+        index = self.index if self.cuda else None
+        return plain_session(options, path, index, of_package=self.side == "graph")
 
     def trivial(self, path: str) -> None:
         """Make a plain session over the trivial model, and run it."""

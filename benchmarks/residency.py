@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
 from glake_infer import cuda, process_memory
 from glake_infer.allocators import Pool, import_onnxruntime
@@ -41,13 +42,11 @@ from glake_infer.models import load as loading
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
 from glake_infer.models.load import WORKSPACE, Streams, load
-from glake_infer.models.package import Package
 from glake_infer.models.runtime import Runtime
 from glake_infer.residency import Holding, HostCopy, Residency
 from glake_infer.store import Store
 
 GIB = 1 << 30
-SETTINGS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 UNCHANGED = "unchanged"
 WAYS = {  # of a session: $CUBLAS_WORKSPACE_CONFIG, streams
     "ours": ("", "per run"),
@@ -114,20 +113,8 @@ class Worker:
     def session(self, path: str) -> Any:
         """A session of ONNX Runtime as it is."""
         options = self.ort.SessionOptions()
-        options.log_severity_level = 3
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self.cuda:
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": str(self.index), **SETTINGS}))
-        source: str | bytes = path
-        if self.side == "graph":
-            package = Package(Path(path), Store())
-            variant = "cuda" if self.cuda and "cuda" in package.manifest.variants else "onnx"
-            source = package.graph(variant).SerializeToString()
-            entry = "session.model_external_initializers_file_folder_path"
-            options.add_session_config_entry(entry, str(package.store.root))
-        session = self.ort.InferenceSession(source, options, providers=providers)
-        assert not self.cuda or session.get_providers()[0] == "CUDAExecutionProvider"
-        return session
+        index = self.index if self.cuda else None
+        return plain_session(options, path, index, of_package=self.side == "graph")
 
     def run(self, number: int, feeds: dict[str, Any], outputs: bool = True) -> tuple[float, list[Any]]:
         """Run a model; returns the seconds and the outputs."""
@@ -267,8 +254,8 @@ class Worker:
         table, brought, stop = Residency.of(self.pool), list[int](), threading.Event()
         plain_bring = table._bring
 
-        def bring(holding: Holding, chunks: list[int]) -> None:
-            plain_bring(holding, chunks)
+        def bring(holding: Holding, chunks: list[int], *, alone: bool = False) -> None:
+            plain_bring(holding, chunks, alone=alone)
             regions = [(chunk, table._owners[chunk][0]) for chunk in chunks]
             brought.append(sum(region.sizes[region.chunks.index(chunk)] for chunk, region in regions))
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from stored_weights import parted, wanted
 
 import glake_infer as gi
 from glake_infer import layout
-from glake_infer.digest import digests_of_pieces
-from glake_infer.residency import AlteredObjectError, Residency, Wanted, drop_pages, mappings_of
+from glake_infer.residency import AlteredObjectError, Residency, drop_pages, mappings_of
 
 PAGE = 4096
 KiB, MiB = 1 << 10, 1 << 20
@@ -42,17 +42,6 @@ def copies(pool):
 @pytest.fixture
 def folder(tmp_path):
     return gi.Store(tmp_path).objects
-
-
-def wanted(folder, data, mapped=None, **more):
-    digest, _ = folder.add_buffer(data)
-    return Wanted(digest, len(data), len(data) if mapped is None else mapped, folder, **more)
-
-
-def parted(folder, data, **more):
-    """A weight with the digests of its pieces."""
-    _, pieces, _ = digests_of_pieces([data], layout.PIECE)
-    return wanted(folder, data, pieces=tuple(pieces[i : i + 64] for i in range(0, len(pieces), 64)), **more)
 
 
 def read(address, size):

@@ -10,12 +10,11 @@ import time
 import weakref
 
 import pytest
+from stored_weights import parted, wanted
 
 import glake_infer as gi
-from glake_infer import layout
 from glake_infer.allocators.pool import _handles
-from glake_infer.digest import digests_of_pieces
-from glake_infer.residency import Residency, Wanted
+from glake_infer.residency import Residency
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -54,16 +53,6 @@ def table(pool):
 @pytest.fixture
 def folder(tmp_path):
     return gi.Store(tmp_path).objects
-
-
-def wanted(folder, data, mapped=None, **more):
-    digest, _ = folder.add_buffer(data)
-    return Wanted(digest, len(data), len(data) if mapped is None else mapped, folder, **more)
-
-
-def parted(folder, data, **more):
-    _, pieces, _ = digests_of_pieces([data], layout.PIECE)
-    return wanted(folder, data, pieces=tuple(pieces[i : i + 64] for i in range(0, len(pieces), 64)), **more)
 
 
 def right(holding, items):
