@@ -315,12 +315,12 @@ Range* Pool::acquire_once(Heap& heap, std::size_t bytes) {
   }
 }
 
-// What may be reserved while so much of it is shared.
-std::size_t Pool::limit_with(std::size_t shared) const noexcept {
-  return std::min(limit_, quota_ > no_quota - shared ? no_quota : quota_ + shared);
+// What may be reserved while so much of it is common.
+std::size_t Pool::limit_with(std::size_t common) const noexcept {
+  return std::min(limit_, quota_ > no_quota - common ? no_quota : quota_ + common);
 }
 
-bool Pool::quota_binds(std::size_t shared) const noexcept { return limit_with(shared_ + shared) < limit_; }
+bool Pool::quota_binds(std::size_t common) const noexcept { return limit_with(common_ + common) < limit_; }
 
 // What is of use against the tighter one of limit and quota.
 Weights::Which Pool::evictable_now() const noexcept {
@@ -351,13 +351,13 @@ std::optional<std::string> Pool::grow(const OutOfMemory& record) {
   {
     const Operation operation(*this);
     if (!grower_) return std::nullopt;
-    // What is above the limit has to come from shared weights, once the quota does not bind any more.
+    // What is above the limit has to come from common weights, once the quota does not bind any more.
     const std::size_t above = record.needed_limit > limit_ ? record.needed_limit - limit_ : 0;
-    if (above > std::min(shared_, resident_.evictable(Weights::Which::all))) return std::nullopt;
+    if (above > std::min(common_, resident_.evictable(Weights::Which::all))) return std::nullopt;
     grower = grower_;
-    quota = record.needed_limit - std::min(record.needed_limit, shared_);
+    quota = record.needed_limit - std::min(record.needed_limit, common_);
     if (quota <= quota_) quota = plus(quota_, record.requested);  // it was raised meanwhile, or did not do
-    if (record.device_full) quota = std::max(quota, chunks_.reserved() - shared_ + record.requested);
+    if (record.device_full) quota = std::max(quota, chunks_.reserved() - common_ + record.requested);
   }
   return (*grower)(quota, record.device_full);
 }
@@ -369,8 +369,8 @@ bool Pool::share(Grower grower, int gone_event) {
   if (grower_) return false;
   grower_ = std::move(asked);
   resident_.tell_gone(gone_event);
-  quota_ = chunks_.reserved() - shared_;
-  chunks_.set_limit(limit_with(shared_));
+  quota_ = chunks_.reserved() - common_;
+  chunks_.set_limit(limit_with(common_));
   return true;
 }
 
@@ -381,14 +381,14 @@ void Pool::unshare(int gone_event) {
   grower_.swap(old);
   resident_.tell_gone(-1);
   quota_ = no_quota;
-  chunks_.set_limit(limit_with(shared_));
+  chunks_.set_limit(limit_with(common_));
   resident_changed_.notify_all();
 }
 
 std::size_t Pool::set_quota(std::size_t quota) {
   const Operation operation(*this);
   if (!grower_) return quota;
-  const auto own = [&] { return chunks_.reserved() - shared_; };
+  const auto own = [&] { return chunks_.reserved() - common_; };
   if (own() > quota) {
     collect_graphs();
     flush_all();
@@ -396,7 +396,7 @@ std::size_t Pool::set_quota(std::size_t quota) {
     if (own() > quota) resident_.drop_unused(own() - quota, Weights::Which::own);
   }
   quota_ = std::max(quota, own());
-  chunks_.set_limit(limit_with(shared_));
+  chunks_.set_limit(limit_with(common_));
   resident_changed_.notify_all();
   verify();
   return quota_;
@@ -647,8 +647,9 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   const Operation operation(*this);
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
-  while (!reserve(pages, false)) {
-    if (resident_.evict(pages, evictable_now()) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
+  while (!reserve(pages, true)) {
+    const auto which = quota_binds(pages) ? Weights::Which::own : Weights::Which::all;
+    if (resident_.evict(pages, which) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
   try {
@@ -656,7 +657,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
     files_.emplace(address, bytes);
   } catch (...) {
     if (address != 0) memory_->unmap_file(address, bytes);
-    unpin(pages);
+    unreserve(pages, true);
     throw;
   }
   file_bytes_ += pages;
@@ -678,7 +679,7 @@ void Pool::unmap_file(Address address) {
   const std::size_t pages = round_up(bytes, page);
   memory_->unmap_file(address, bytes);
   files_.erase(found);
-  unpin(pages);
+  unreserve(pages, true);
   file_bytes_ -= pages;
   usage_.active -= pages;
   usage_.requested -= bytes;
@@ -713,34 +714,34 @@ void Pool::set_limit(std::size_t limit) {
     if (chunks_.reserved() > limit) throw LimitTooLow(limit, chunks_.reserved());
   }
   limit_ = limit;
-  chunks_.set_limit(limit_with(shared_));
+  chunks_.set_limit(limit_with(common_));
   resident_changed_.notify_all();
   verify();
 }
 
-bool Pool::reserve(std::size_t bytes, bool shared) {
+bool Pool::reserve(std::size_t bytes, bool common) {
   if (debug_) return debug_->pin(bytes);
-  if (shared) chunks_.set_limit(limit_with(shared_ + bytes));
+  if (common) chunks_.set_limit(limit_with(common_ + bytes));
   bool fits = chunks_.pin(bytes);
   if (!fits) {
     collect_graphs();
     flush_all();
     fits = chunks_.pin(bytes);
   }
-  if (shared && fits) shared_ += bytes;
-  if (shared && !fits) chunks_.set_limit(limit_with(shared_));
+  if (common && fits) common_ += bytes;
+  if (common && !fits) chunks_.set_limit(limit_with(common_));
   return fits;
 }
 
-void Pool::unreserve(std::size_t bytes, bool shared) noexcept {
+void Pool::unreserve(std::size_t bytes, bool common) noexcept {
   unpin(bytes);
-  if (!shared || debug_) return;
-  shared_ -= bytes;
-  chunks_.set_limit(limit_with(shared_));
+  if (!common || debug_) return;
+  common_ -= bytes;
+  chunks_.set_limit(limit_with(common_));
 }
 
-std::size_t Pool::excess(std::size_t bytes, std::size_t shared) {
-  const std::size_t limit = limit_with(shared_ + shared);
+std::size_t Pool::excess(std::size_t bytes, std::size_t common) {
+  const std::size_t limit = limit_with(common_ + common);
   const auto over = [&] {
     const std::size_t needed = plus(debug_ ? debug_->active() : in_use(), bytes);
     return needed > limit ? needed - limit : 0;
@@ -1034,7 +1035,7 @@ PoolStats Pool::stats() {
   stats.requested = usage_.requested;
   stats.peak_requested = usage_.peak_requested;
   stats.limit = limit_;
-  stats.shared = shared_;
+  stats.shared = common_;
   stats.weights = file_bytes_;
   stats.mapped_files = file_bytes_ + resident_.files();
   stats.unused_weights = resident_.reserved() - resident_.active();
@@ -1199,7 +1200,8 @@ void Pool::check_locked() const {
   chunks_.check_invariants();
   resident_.check_invariants();
   require(chunks_.pinned() == file_bytes_ + resident_.reserved(), "files and weights are reserved");
-  require(shared_ == resident_.shared() && chunks_.limit() == limit_with(shared_), "shared weights are counted");
+  require(common_ == file_bytes_ + resident_.common() && chunks_.limit() == limit_with(common_),
+          "what may be other processes' too is counted");
   std::size_t active = file_bytes_ + resident_.active();
   std::size_t requested = resident_.requested();
   std::size_t steps = 0;

@@ -16,13 +16,13 @@
 //   reserved   the physical memory that the pool holds. (On the host a page that was never touched costs nothing
 //              yet, so reserved is an upper bound.)
 //   limit      a hard budget over everything reserved
-//   quota      what other processes leave to this one: a budget over what is reserved and not shared with them. There
-//   is
-//              none unless a grower asks for more when it is used up (share())
-//   shared     weights in memory that other processes have too (weights.hpp)
+//   common     memory that other processes may have too, and that is there once for all of them: weights of a broker
+//              (weights.hpp), and mapped files
+//   quota      what other processes leave to this one: a budget over what is reserved and not common. There is none
+//              unless a grower asks for more when it is used up (share())
 //
 // Invariants (check_invariants() verifies each of them)
-//   reserved <= limit;  reserved - shared <= quota;  requested <= active <= reserved
+//   reserved <= limit;  reserved - common <= quota;  requested <= active <= reserved
 //   every chunk is used through at most one of its mappings; the idle lists hold exactly the chunks that are not used
 //   every byte of a range is mapped exactly once, and no two ranges overlap
 //   a chunk counts exactly the bytes that ranges in use (and cached ones) hold in it
@@ -120,7 +120,7 @@ struct PoolStats {
   std::size_t weights = 0;          // weights as asked for, and the mapped files
   std::size_t mapped_files = 0;     // the part of weights that is files
   std::size_t unused_weights = 0;   // the part of idle that is weights which no model has any more
-  std::size_t shared = 0;           // the part of reserved that other processes may have too
+  std::size_t shared = 0;           // the part of reserved that is common
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
   std::size_t chunks = 0;           // count
@@ -310,10 +310,10 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] Range* acquire_once(Heap& heap, std::size_t bytes);
 
   // WeightBudget
-  [[nodiscard]] bool reserve(std::size_t bytes, bool shared) override;
-  void unreserve(std::size_t bytes, bool shared) noexcept override;
-  [[nodiscard]] std::size_t excess(std::size_t bytes, std::size_t shared) override;
-  [[nodiscard]] bool quota_binds(std::size_t shared) const noexcept override;
+  [[nodiscard]] bool reserve(std::size_t bytes, bool common) override;
+  void unreserve(std::size_t bytes, bool common) noexcept override;
+  [[nodiscard]] std::size_t excess(std::size_t bytes, std::size_t common) override;
+  [[nodiscard]] bool quota_binds(std::size_t common) const noexcept override;
   [[nodiscard]] Weights::Which evictable_now() const noexcept;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
@@ -329,7 +329,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void flush_all() noexcept;
   [[nodiscard]] Budget budget(std::size_t bytes) const noexcept;
   [[nodiscard]] std::size_t in_use() const noexcept { return chunks_.reserved() - chunks_.idle(); }
-  [[nodiscard]] std::size_t limit_with(std::size_t shared) const noexcept;
+  [[nodiscard]] std::size_t limit_with(std::size_t common) const noexcept;
   template <class Request>
   auto with_room(const Request& request);
   [[nodiscard]] std::optional<std::string> grow(const OutOfMemory& record);
@@ -370,9 +370,9 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   PoolOptions options_;
   std::atomic<bool> debugging_ = false;  // options_.debug, for who does not hold the lock
   mutable std::mutex mutex_;
-  std::size_t limit_;  // chunks_ has the smaller one of this, and of what quota and shared memory allow
+  std::size_t limit_;  // chunks_ has the smaller one of this, and of what quota and common memory allow
   std::size_t quota_ = no_quota;
-  std::size_t shared_ = 0;
+  std::size_t common_ = 0;
   std::shared_ptr<const Grower> grower_;
   static constexpr std::size_t no_quota = ~std::size_t{0};
   std::unique_ptr<VirtualMemory> memory_;

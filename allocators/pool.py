@@ -57,7 +57,8 @@ class PoolStats:
         mapped_files: the part of `weights` that is mapped from files.
         unused_weights: the part of `idle` that is weights which no model has any more: the first to go where room is
             needed.
-        shared: the part of `reserved` that is weights in a broker's memory: other processes may have it too.
+        shared: the part of `reserved` that other processes may have too, and that is there once for all of them:
+            weights in a broker's memory, and mapped files.
         allocations: count of successful allocations.
         deallocations: count of successful deallocations.
         chunks: count of pieces of physical memory.

@@ -257,17 +257,17 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
   if (user.missing != 0) {
     std::vector<Chunk*> absent;
     std::size_t bytes = 0;
-    std::size_t shared = 0;
+    std::size_t common = 0;
     for (Chunk* chunk : user.chunks) {
       if (chunk->state == State::loading) return std::nullopt;
       if (chunk->state != State::absent) continue;
       absent.push_back(chunk);
       bytes = plus(bytes, chunk->bytes);
-      if (chunk->shared()) shared = plus(shared, chunk->bytes);
+      if (chunk->common()) common = plus(common, chunk->bytes);
     }
     ++user.busy;  // so that nothing of it is evicted
-    const std::size_t excess = budget_.excess(bytes, shared);
-    const Which which = budget_.quota_binds(shared) ? Which::own : Which::all;
+    const std::size_t excess = budget_.excess(bytes, common);
+    const Which which = budget_.quota_binds(common) ? Which::own : Which::all;
     if (excess > evictable(which)) {
       --user.busy;
       if (someone_else_is_busy(user)) return std::nullopt;
@@ -307,12 +307,12 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
 }
 
 void Weights::make_present(Chunk& chunk) {
-  while (!budget_.reserve(chunk.bytes, chunk.shared())) {
-    const Which which = budget_.quota_binds(chunk.shared() ? chunk.bytes : 0) ? Which::own : Which::all;
+  while (!budget_.reserve(chunk.bytes, chunk.common())) {
+    const Which which = budget_.quota_binds(chunk.common() ? chunk.bytes : 0) ? Which::own : Which::all;
     if (evict(chunk.bytes, which) == 0) throw NoRoom{chunk.bytes};
   }
   reserved_ += chunk.bytes;
-  if (chunk.shared()) shared_ += chunk.bytes;
+  if (chunk.common()) common_ += chunk.bytes;
   try {
     if (chunk.kind == Kind::memory) {
       std::optional<PhysicalMemory> physical;
@@ -331,8 +331,8 @@ void Weights::make_present(Chunk& chunk) {
     chunk.state = State::absent;
     clear(chunk);
     reserved_ -= chunk.bytes;
-    if (chunk.shared()) shared_ -= chunk.bytes;
-    budget_.unreserve(chunk.bytes, chunk.shared());
+    if (chunk.common()) common_ -= chunk.bytes;
+    budget_.unreserve(chunk.bytes, chunk.common());
     throw;
   }
 }
@@ -361,8 +361,8 @@ void Weights::make_absent(Chunk& chunk, bool drop) noexcept {
   }
   chunk.state = State::absent;
   reserved_ -= chunk.bytes;
-  if (chunk.shared()) shared_ -= chunk.bytes;
-  budget_.unreserve(chunk.bytes, chunk.shared());
+  if (chunk.common()) common_ -= chunk.bytes;
+  budget_.unreserve(chunk.bytes, chunk.common());
 }
 
 void Weights::activate(Chunk& chunk) {
@@ -603,13 +603,13 @@ bool Weights::may_go(const Chunk& chunk) noexcept {
 
 std::size_t Weights::evict(std::size_t bytes, Which which) noexcept {
   return drop(bytes, false,
-              [which](const Chunk& chunk) { return may_go(chunk) && (which == Which::all || !chunk.shared()); });
+              [which](const Chunk& chunk) { return may_go(chunk) && (which == Which::all || !chunk.common()); });
 }
 
 std::size_t Weights::evictable(Which which) const noexcept {
   std::size_t bytes = 0;
   for (const auto& [id, chunk] : chunks_) {
-    if (chunk.shared() && which == Which::own) continue;
+    if (chunk.common() && which == Which::own) continue;
     if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;
   }
   return bytes;
@@ -617,14 +617,14 @@ std::size_t Weights::evictable(Which which) const noexcept {
 
 std::size_t Weights::drop_unused(std::size_t bytes, Which which) noexcept {
   return drop(bytes, true,
-              [which](const Chunk& chunk) { return chunk.users.empty() && (which == Which::all || !chunk.shared()); });
+              [which](const Chunk& chunk) { return chunk.users.empty() && (which == Which::all || !chunk.common()); });
 }
 
 void Weights::check_invariants() const {
   std::size_t reserved = 0;
   std::size_t active = 0;
   std::size_t requested = 0;
-  std::size_t shared = 0;
+  std::size_t common = 0;
   for (const auto& [id, chunk] : chunks_) {
     require(!chunk.places.empty(), "every chunk of weights has an address");
     require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical ||
@@ -632,12 +632,12 @@ void Weights::check_invariants() const {
             "a chunk of weights has memory exactly while it is not absent");
     if (chunk.state == State::absent) continue;
     reserved += chunk.bytes;
-    if (chunk.shared()) shared += chunk.bytes;
+    if (chunk.common()) common += chunk.bytes;
     if (chunk.users.empty()) continue;
     active += chunk.bytes;
     requested += chunk.requested;
   }
-  require(reserved == reserved_ && active == active_ && requested == requested_ && shared == shared_,
+  require(reserved == reserved_ && active == active_ && requested == requested_ && common == common_,
           "bytes of weights are counted");
   for (const auto& [id, user] : users_) {
     const auto missing = std::count_if(user.chunks.begin(), user.chunks.end(),

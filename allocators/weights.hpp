@@ -38,15 +38,15 @@ namespace glake {
 // What Weights asks of its pool.
 class WeightBudget {
  public:
-  // Counts bytes as reserved, having given idle memory back if need be; false if there is no room. Shared memory counts
-  // against the limit alone, other memory against the quota too.
-  [[nodiscard]] virtual bool reserve(std::size_t bytes, bool shared) = 0;
-  virtual void unreserve(std::size_t bytes, bool shared) noexcept = 0;
-  // By how much that many bytes (and of them the shared ones) would exceed the limit, with all idle memory given back.
-  [[nodiscard]] virtual std::size_t excess(std::size_t bytes, std::size_t shared) = 0;
-  // Whether the quota is nearer than the limit, with so much more shared memory: then it is of no use that shared
+  // Counts bytes as reserved, having given idle memory back if need be; false if there is no room. What is common
+  // (other processes may have the same memory) counts against the limit alone, other memory against the quota too.
+  [[nodiscard]] virtual bool reserve(std::size_t bytes, bool common) = 0;
+  virtual void unreserve(std::size_t bytes, bool common) noexcept = 0;
+  // By how much that many bytes (and of them the common ones) would exceed the limit, with all idle memory given back.
+  [[nodiscard]] virtual std::size_t excess(std::size_t bytes, std::size_t common) = 0;
+  // Whether the quota is nearer than the limit, with so much more common memory: then it is of no use that common
   // memory goes.
-  [[nodiscard]] virtual bool quota_binds(std::size_t shared) const noexcept = 0;
+  [[nodiscard]] virtual bool quota_binds(std::size_t common) const noexcept = 0;
   // Gives all idle memory back: the device is full.
   virtual void give_back_idle() = 0;
   // Counts bytes as active (and those asked for, by holder), or no longer.
@@ -159,7 +159,7 @@ class Weights {
 
   // The user is not busy (asked by the caller). What no awake user needs becomes absent; returns the bytes.
   std::size_t suspend(Id user);
-  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. Shared ones are of
+  // Makes chunks absent, until `bytes` are gone or nothing is left that may go; returns the bytes. Common ones are of
   // use only against the limit: not where the quota binds or the device is full, as another process may keep their
   // memory.
   enum class Which : std::uint8_t { all, own };
@@ -175,7 +175,7 @@ class Weights {
   [[nodiscard]] std::size_t reserved() const noexcept { return reserved_; }
   [[nodiscard]] std::size_t active() const noexcept { return active_; }
   [[nodiscard]] std::size_t files() const noexcept { return files_; }    // of active
-  [[nodiscard]] std::size_t shared() const noexcept { return shared_; }  // of reserved
+  [[nodiscard]] std::size_t common() const noexcept { return common_; }  // of reserved: kinds shared and file
   [[nodiscard]] std::size_t requested() const noexcept { return requested_; }
 
   void check_invariants() const;
@@ -194,6 +194,8 @@ class Weights {
     std::vector<Address> places;
     std::optional<PhysicalMemory> physical;
     [[nodiscard]] bool shared() const noexcept { return kind == Kind::shared; }
+    // Whether its memory may be that of other processes too: a broker's, or a file's pages, which the system has once.
+    [[nodiscard]] bool common() const noexcept { return kind != Kind::memory; }
     // Whether something is mapped at its places. (A shared chunk that is loading has nothing at first.)
     [[nodiscard]] bool mapped() const noexcept { return kind == Kind::file ? state != State::absent : !!physical; }
     std::vector<User*> users;
@@ -248,7 +250,7 @@ class Weights {
   std::size_t reserved_ = 0;
   std::size_t active_ = 0;
   std::size_t files_ = 0;
-  std::size_t shared_ = 0;
+  std::size_t common_ = 0;
   std::size_t requested_ = 0;
 };
 

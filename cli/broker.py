@@ -67,8 +67,8 @@ def broker(
     """Hold one copy of every weight, for all processes of this user on this machine.
 
     Processes that load models with broker="auto", or --broker auto, come to it by themselves, and start one that ends when
-    they do if there is none. Started by hand, or as a service, it keeps weights while no process has them, until their
-    memory is needed.
+    they do if there is none. What a process that is killed had, and what makes room within a limit, stays here until its
+    memory is needed; what a process gives back (close, suspend, trim) goes, if no other has it.
 
     It runs until SIGTERM or Ctrl-C. Processes go on without it: what they have loaded stays, and they come back to the next
     one. What happens is logged to stderr; `glake-infer top` shows who holds what.

@@ -82,5 +82,6 @@ class Pool(DevicePool):
 
         Raises `PoolInUseError`, with the handle still open, while memory is handed out.
         """
+        Residency.settle(self)
         super().close()
         Residency.leave(self)

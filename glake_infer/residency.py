@@ -162,6 +162,8 @@ class Residency:
         WeakValueDictionary()
     )  # of earlier handles too
     _tables_lock = threading.Lock()
+    looking: ClassVar[threading.RLock] = threading.RLock()
+    """Held by who looks at models that are others'. It may be the last to have one, and then ends it."""
 
     def __init__(self, pool: Pool, copies: bool, share: Share | None = None) -> None:
         """Make an empty table; use `Residency.of(pool)` to get a pool's one."""
@@ -211,6 +213,15 @@ class Residency:
                     table = cls._by_device[pool.device] = cls(pool, wanted, share)
                 cls._tables[pool] = table
             return table
+
+    @classmethod
+    def settle(cls, pool: Pool) -> None:
+        """Wait until all is given back of holdings that were closed, and of models that somebody only looks at."""
+        table = cls._tables.get(pool)
+        if table and os.getpid() == table._process:
+            with cls.looking:
+                pass
+            table._give_back_closed(wait=True)
 
     @classmethod
     def leave(cls, pool: Pool) -> None:
@@ -779,6 +790,14 @@ class Residency:
         pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
         missing = int(self._native.user(holding._number)["missing"])
         return Weighed(shared, own, missing, pinned, others)
+
+
+def _look_anew() -> None:
+    """In a child of fork(): a thread of the parent's may have been looking."""
+    Residency.looking = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_look_anew)
 
 
 class Holding:

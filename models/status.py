@@ -41,10 +41,11 @@ def process_statuses() -> list[ProcessStatus]:
     for reference in pools._handles.valuerefs():  # without its lock, which is held while a device is opened
         pool = reference()
         if pool is not None:
-            try:
-                found.append(_process_status(pool))
-            except GlakeError:
-                continue  # closed meanwhile, or of a parent process
+            with Residency.looking:
+                try:
+                    found.append(_process_status(pool))
+                except GlakeError:
+                    continue  # closed meanwhile, or of a parent process
     return found
 
 

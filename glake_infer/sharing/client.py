@@ -88,6 +88,16 @@ class _Waiting:
     generation: int = 0
 
 
+class _Event:
+    """An eventfd, open as long as anybody refers to it: its number is not another file's while it is written to."""
+
+    def __init__(self) -> None:
+        self.number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __del__(self) -> None:
+        os.close(self.number)
+
+
 @dataclass(frozen=True)
 class Forgotten:
     """A region that was given back, and the native pool's numbers of chunks that went with it."""
@@ -159,10 +169,10 @@ class Client:
         self._complaint = ""
         self._delay = 0.0
         self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._event: _Event | None = _Event()
         try:
             self._connect(first=True)
-            if not self._native.share(self._grow, self._event):
+            if not self._native.share(self._grow, self._event.number):
                 raise PoolInUseError(
                     f"the pool on {shown} is at another broker than {socket}, with weights of models that sleep. Close them "
                     "first."
@@ -171,7 +181,7 @@ class Client:
         except BaseException:
             if self._channel:
                 self._channel.close()
-            os.close(self._event)
+            self._event = None
             raise
         Client._all.add(self)
         self._threads = [
@@ -304,9 +314,10 @@ class Client:
         if os.getpid() != self._process:
             return
         if not self._closed:
-            self._native.unshare(self._event)  # now: another may follow at once
-            self._wake()  # first: it is closed once the other thread sees what follows
+            if event := self._event:
+                self._native.unshare(event.number)  # now: another may follow at once
             self._closed = True
+            self._wake()
         if wait:
             with self._condition:
                 self._condition.notify_all()
@@ -315,12 +326,13 @@ class Client:
                     thread.join(timeout)
 
     def _end(self) -> None:
+        self.collect()  # what went with the last of the pool goes from the broker too
         self._tasks.put(None)
         with self._condition:
             channel, self._channel = self._channel, None
             waiting, self._waiting = list(self._waiting.values()), {}
             self._condition.notify_all()
-            event, self._event = self._event, -1
+        self._event = None
         for each in waiting:
             each.ready.set()
         if channel:
@@ -328,12 +340,11 @@ class Client:
                 channel.send(protocol.Bye())
                 channel.finish(PARTING)
             channel.close()
-        os.close(event)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError, BlockingIOError):
-            if self._event >= 0:
-                os.eventfd_write(self._event, 1)
+            if event := self._event:
+                os.eventfd_write(event.number, 1)
 
     # Asking.
 
@@ -460,6 +471,8 @@ class Client:
     # Receiving.
 
     def _receive(self) -> None:
+        event = self._event
+        assert event
         while not self._closed:
             channel = self._channel
             if channel is None:
@@ -468,25 +481,25 @@ class Client:
             try:
                 poll = select.poll()
                 poll.register(channel.socket, select.POLLIN)
-                poll.register(self._event, select.POLLIN)
+                poll.register(event.number, select.POLLIN)
                 while self._channel is channel and not self._closed:
-                    self._listen(channel, poll)
+                    self._listen(channel, poll, event.number)
             except Exception as error:  # whatever it is: without this thread nobody would get an answer
                 self._lost(channel, str(error) or type(error).__name__)
             if self._channel is not channel:
                 channel.close()
         self._end()
 
-    def _listen(self, channel: Channel, poll: select.poll) -> None:
+    def _listen(self, channel: Channel, poll: select.poll, event: int) -> None:
         """Take what comes, for a second at most."""
         while (found := channel.next()) is not None:  # it may have come with the last answer
             self._take(channel, *found)
         ready = dict(poll.poll(1000))
-        if self._event in ready:
+        if event in ready:
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._event)
+                os.eventfd_read(event)
             self.collect()
-        if ready.keys() - {self._event}:
+        if ready.keys() - {event}:
             if not channel.pull():
                 self._lost(channel, "it ended")
             self._heard = time.monotonic()
@@ -581,7 +594,12 @@ class Client:
                     device=self._device,
                     resume=resume,
                 )
-                channel.send(hello, descriptors)
+                try:
+                    channel.send(hello, descriptors)
+                except ConnectionError as error:  # it was about to end
+                    raise BrokerGoneError(
+                        f"the broker at {self.socket} is gone: {error.strerror}."
+                    ) from error
             answer = welcome(channel, number)
             self._welcomed = answer.quota
             self._set_quota(answer.quota)

@@ -238,6 +238,31 @@ def test_a_model_that_closes_while_it_is_described_is_left_out(workshop, pool, m
     assert shown().models == []
 
 
+def test_a_pool_closes_while_somebody_looks_at_its_models(workshop, kind, monkeypatch):
+    """Who looks may be the last to have a model, and ends it: the pool waits for that."""
+    original = module._model_status
+    looks, go_on = threading.Event(), threading.Event()
+
+    def slow(model):
+        looks.set()
+        assert go_on.wait(60)
+        return original(model)
+
+    monkeypatch.setattr(module, "_model_status", slow)
+    pool = gi.Pool(device="cpu", limit="2GiB", broker="off")
+    model = load(workshop, "a", pool)
+    model.run(feeds("a"))
+    looking = threading.Thread(target=process_statuses)
+    looking.start()
+    assert looks.wait(60)
+    del model
+    garbage.collect()
+    assert pool.stats().active
+    threading.Timer(0.2, go_on.set).start()
+    pool.close()
+    looking.join()
+
+
 def test_models_of_an_earlier_handle_are_the_devices_too(workshop, kind):
     first = gi.Pool(device="cpu", limit="2GiB", broker="off")
     model = load(workshop, "a", first)
