@@ -23,10 +23,21 @@ DIGEST_LENGTH = 64
 PIECE = 16 << 20
 """Bytes held in memory at once while a file is streamed."""
 
+_threads = blake3.AUTO
+
+
+def _in_one_thread() -> None:
+    """In a child of fork(): the parent's threads, for which blake3 would wait, are not there."""
+    global _threads
+    _threads = 1
+
+
+os.register_at_fork(after_in_child=_in_one_thread)
+
 
 def digest_of(data: Buffer) -> str:
     """Return the digest of `data` as 64 hexadecimal characters."""
-    return blake3(data, max_threads=blake3.AUTO).hexdigest()
+    return blake3(data, max_threads=_threads).hexdigest()
 
 
 def is_digest(text: str) -> bool:
@@ -55,7 +66,7 @@ def digest_of_range(fd: int, offset: int, length: int, progress: Progress | None
 
     `progress` is called with the bytes of each piece.
     """
-    state, done = blake3(max_threads=blake3.AUTO), 0
+    state, done = blake3(max_threads=_threads), 0
     for piece in pieces_of(fd, offset, length):
         state.update(piece)
         done += len(piece)
@@ -78,7 +89,7 @@ def digests_of_pieces(buffers: Iterable[Buffer], size: int) -> tuple[str, str, i
 
     Each buffer need only be valid until the next one is asked for.
     """
-    state, done = blake3(max_threads=blake3.AUTO), 0
+    state, done = blake3(max_threads=_threads), 0
     digests: list[str] = []
     begun = blake3()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:

@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 from blake3 import blake3
@@ -35,6 +36,18 @@ def test_files_and_ranges(file):
     assert digest_of_range(fd, 300, 0) == (digest_of(b""), 0)
     with pytest.raises(FileNotFoundError):
         digest_of_file(path.with_name("absent"))
+
+
+def test_in_a_child_of_fork():
+    """The threads that computed the parent's digests are not there."""
+    data = bytes(16 << 20)
+    expected = digest_of(data)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        os._exit(digest_of(data) != expected)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_range_past_the_end_says_how_much_there_was(file):
