@@ -309,6 +309,7 @@ NB_MODULE(_native, module) {
           },
           "(chunk, awake, priority, idle seconds) each.", Unlocked())
       .def("shared_busy", &Pool::shared_busy, Unlocked())
+      .def("running", &Pool::running, Unlocked())
       .def(
           "give_up", [](Pool& self, const std::vector<Weights::Id>& chunks) { return self.give_up(chunks); },
           "chunks"_a, Unlocked())

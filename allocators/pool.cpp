@@ -958,6 +958,11 @@ std::size_t Pool::shared_busy() const {
   return resident_.shared_busy();
 }
 
+std::size_t Pool::running() const {
+  const Operation operation(*this);
+  return resident_.running();
+}
+
 std::vector<Weights::Id> Pool::give_up(std::span<const Weights::Id> chunks) {
   const Operation operation(*this);
   std::vector<Weights::Id> done = resident_.give_up(chunks);

@@ -247,6 +247,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] std::vector<Weights::Gone> take_gone();
   [[nodiscard]] std::vector<Weights::Offer> offers() const;
   [[nodiscard]] std::size_t shared_busy() const;
+  [[nodiscard]] std::size_t running() const;
   [[nodiscard]] std::vector<Weights::Id> give_up(std::span<const Weights::Id> chunks);
   void loaded(Weights::Id user, std::span<const Weights::Id> chunks);
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);

@@ -554,6 +554,12 @@ std::size_t Weights::shared_busy() const noexcept {
   return bytes;
 }
 
+std::size_t Weights::running() const noexcept {
+  std::size_t uses = 0;
+  for (const auto& [id, user] : users_) uses += user.missing == 0 ? user.busy : 0;
+  return uses;
+}
+
 std::vector<Weights::Id> Weights::give_up(std::span<const Id> ids) noexcept {
   std::vector<Id> done;
   try {

@@ -154,6 +154,8 @@ class Weights {
   [[nodiscard]] std::vector<Offer> offers() const;
   // Bytes of shared chunks that busy users have.
   [[nodiscard]] std::size_t shared_busy() const noexcept;
+  // How many uses go on that do not wait for chunks to be loaded.
+  [[nodiscard]] std::size_t running() const noexcept;
   // Makes those of these chunks absent that may go; returns them.
   std::vector<Id> give_up(std::span<const Id> chunks) noexcept;
 

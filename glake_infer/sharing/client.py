@@ -690,7 +690,9 @@ class Client:
                 for number, awake, priority, idle in native.offers()
                 if (token := self._token_of(number))
             ]
-            return protocol.Offers(chunks=offers, idle=self._idle(), busy=native.shared_busy())
+            return protocol.Offers(
+                chunks=offers, idle=self._idle(), busy=native.shared_busy(), running=native.running()
+            )
         if isinstance(request, protocol.Give):
             return self._give(request)
         if isinstance(request, protocol.Trim):

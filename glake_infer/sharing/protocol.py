@@ -311,12 +311,16 @@ class Offered(Message):
 
 
 class Offers(Answer):
-    """`idle`: bytes of private memory that Trim would give back. `busy`: bytes of chunks that models use just now."""
+    """`idle`: bytes of private memory that Trim would give back. `busy`: bytes of chunks that models use just now.
+
+    `running`: how many uses of models go on that do not wait for chunks.
+    """
 
     kind: Literal["offers"] = "offers"
     chunks: list[Offered]
     idle: Bytes
     busy: Bytes
+    running: Annotated[int, Field(ge=0)]
 
 
 class Give(Request):

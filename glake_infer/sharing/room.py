@@ -96,7 +96,7 @@ class Room:
             unused = self.table.oldest_unused(keep())
             taken = self._candidates(offers, keep())
             idle = {client: offer.idle for client, offer in offers.items() if client is not spare}
-            busy = {client for client, offer in offers.items() if offer.busy or _is_loading(client)}
+            busy = {client for client, offer in offers.items() if self._is_busy(client, offer, turn.client)}
             there = sum(c.size for c in unused) + sum(t.size for t in taken) + sum(idle.values())
             before = self._state(went)
             if there >= left or busy:
@@ -150,6 +150,17 @@ class Room:
         if useful := {each for each in others if is_of_use(each)}:
             return self.turns.send_back(useful)
         return sum(self.turns.send_back({each}) for each in others) > 0
+
+    def _is_busy(self, client: Client, offer: protocol.Offers, asker: Client) -> bool:
+        """Whether it makes chunks, or they are being checked, or it uses some: they can go in a moment.
+
+        Not where all that goes on in it waits for this very request.
+        """
+        if client.makes or any(chunk.checking for chunk in client.has):
+            return True
+        if client is asker and offer.running <= self.turns.urgent(client):
+            return bool(offer.busy) and client in self.turns.waiting()
+        return bool(offer.busy)
 
     def _state(self, went: Went) -> tuple[int, ...]:
         """What differs where going on may help: what went, who has ended, what nobody has now."""
@@ -243,8 +254,3 @@ class Room:
         if asked:
             await asyncio.wait(asked)
         self._evict((each.chunk for each in chosen if each.chunk), went, missing)
-
-
-def _is_loading(client: Client) -> bool:
-    """Whether it makes chunks, or they are being checked: they are in use, or can go, in a moment."""
-    return bool(client.makes) or any(chunk.checking for chunk in client.has)

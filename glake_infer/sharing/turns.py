@@ -71,6 +71,11 @@ class Turns:
         """Whose requests are in the line."""
         return {turn.client for turn in self._line}
 
+    def urgent(self, client: Client) -> int:
+        """How many urgent requests of a client are here."""
+        turns = [self._holder, *self._line]
+        return sum(turn is not None and turn.urgent and turn.client is client for turn in turns)
+
     def send_back(self, clients: Collection[Client]) -> bool:
         """Let the last in the line of these clients give way, unless it is urgent; whether there was one."""
         for turn in reversed(self._line):

@@ -178,8 +178,10 @@ class TestChunks:
         close(make(pool, user))
         assert pool.offers() == []
         assert pool.shared_busy() == 2 * MiB
+        assert pool.running() == 1
         assert pool.give_up(chunks) == []
         pool.end_use(user)
+        assert pool.running() == 0
         offers = pool.offers()
         assert [offer[:3] for offer in offers] == [(chunk, True, 3) for chunk in chunks]
         assert all(0 <= offer[3] < 60 for offer in offers)

@@ -100,6 +100,7 @@ class Peer:
         self.keeps = set()  # chunks that it does not give although it offered them
         self.uses = set()  # chunks that count as busy while it has them
         self.idle = self.busy = 0
+        self.running = 1  # uses that go on and do not wait for chunks
         self.quota = 0
         self.silent = set(silent)  # kinds of requests that it does not answer
         self.asked = []  # what the broker asked
@@ -207,7 +208,10 @@ class Peer:
             if token in self.has
         ]
         return p.Offers(
-            chunks=chunks, idle=self.idle, busy=self.busy or GRANULE * len(self.uses & self.has.keys())
+            chunks=chunks,
+            idle=self.idle,
+            busy=self.busy or GRANULE * len(self.uses & self.has.keys()),
+            running=self.running,
         )
 
     def _on_give(self, give):

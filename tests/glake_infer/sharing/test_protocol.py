@@ -87,7 +87,7 @@ EXAMPLES = {
     "acquire": {"kind": "acquire", "chunks": [TOKEN], "wait": True},
     "loaded": {"kind": "loaded", "chunks": [{"chunk": TOKEN, "memory": TOKEN}], "seconds": 0.5},
     "released": {"kind": "released", "chunks": [TOKEN], "drop": True},
-    "offers": {"kind": "offers", "chunks": [], "idle": 0, "busy": 0},
+    "offers": {"kind": "offers", "chunks": [], "idle": 0, "busy": 0, "running": 0},
 }
 
 
@@ -409,7 +409,13 @@ class Fuzzer:
             "refusal": lambda: {"reason": "message", "message": "", "to": rng.randrange(4)},
             "hello": self.hello,
             "done": lambda: {"to": rng.randrange(5)},
-            "offers": lambda: {"chunks": [], "idle": 1 << 40, "busy": 1, "to": rng.randrange(5)},
+            "offers": lambda: {
+                "chunks": [],
+                "idle": 1 << 40,
+                "busy": 1,
+                "running": 1,
+                "to": rng.randrange(5),
+            },
             "granted": lambda: {"quota": rng.choice([0, 1 << 55]), "to": rng.randrange(5)},
             "given": lambda: {"chunks": self.picks(self.tokens), "to": rng.randrange(5)},
         }.get(kind, dict)()
@@ -421,7 +427,7 @@ class Fuzzer:
         if self.random.random() < 0.2:
             return {**self.message(), "to": request.id}
         right = {
-            "offer": lambda: {"kind": "offers", "idle": self.random.randrange(MiB), "busy": self.random.randrange(2),
+            "offer": lambda: {"kind": "offers", "idle": self.random.randrange(MiB), "busy": self.random.randrange(2), "running": self.random.randrange(2),
                               "chunks": [{"chunk": t, "awake": True, "priority": 0, "idle_seconds": 1.0}
                                          for t in self.tokens[:9]]},
             "give": lambda: {"kind": "given", "chunks": request.chunks},

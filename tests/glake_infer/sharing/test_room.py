@@ -300,6 +300,26 @@ class TestWaiting:
         b.refused(p.Acquire(chunks=wanted), "memory")
         assert 0.3 < time.monotonic() - began < 3
 
+    @pytest.mark.parametrize("kind", ["acquire", "grow"])
+    def test_nobody_waits_for_himself(self, start, join, files, kind):
+        """What an asker uses, because it asks, does not go meanwhile; what else runs in it may."""
+        broker = start(limit=2 * GRANULE, patience=30)
+        a = owns(join, broker, files, "a", 2)
+        if kind == "acquire":
+            (region,) = a.place(files.add(10))
+            message = p.Acquire(chunks=tokens_of([region]))
+        else:
+            message = p.Grow(quota=GRANULE)
+        offers, a.offers, a.busy, a.running = a.offers, {}, 2 * GRANULE, int(kind == "grow")
+        began = time.monotonic()
+        a.refused(message, "memory")
+        assert time.monotonic() - began < 5
+        a.running += 1
+        number = a.start(message)
+        assert a.waits(number, 0.3)
+        a.offers, a.busy = offers, 0
+        assert not isinstance(a.wait(number)[0], p.Refusal)
+
     def test_in_the_order_of_asking(self, start, join, files):
         broker = start(limit=2 * GRANULE, patience=2.0)
         a = owns(join, broker, files, "a", 2)
