@@ -427,7 +427,8 @@ class Fuzzer:
         if self.random.random() < 0.2:
             return {**self.message(), "to": request.id}
         right = {
-            "offer": lambda: {"kind": "offers", "idle": self.random.randrange(MiB), "busy": self.random.randrange(2), "running": self.random.randrange(2),
+            "offer": lambda: {"kind": "offers", "idle": self.random.randrange(MiB), "busy": self.random.randrange(2),
+                              "running": self.random.randrange(2),
                               "chunks": [{"chunk": t, "awake": True, "priority": 0, "idle_seconds": 1.0}
                                          for t in self.tokens[:9]]},
             "give": lambda: {"kind": "given", "chunks": request.chunks},
