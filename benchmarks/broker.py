@@ -45,7 +45,7 @@ from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
 
 if TYPE_CHECKING:
-    from glake_infer.residency import Holding
+    from glake_infer.holding import Holding
     from glake_infer.sharing.status import DeviceStatus, MachineStatus
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -97,8 +97,8 @@ class Worker:
 
     def note_uses(self) -> None:
         """Import what a load needs, and note when a use of weights has begun."""
+        from glake_infer.holding import Holding
         from glake_infer.models import load, runtime  # noqa: F401
-        from glake_infer.residency import Holding
 
         enter = Holding.__enter__
 

@@ -38,12 +38,13 @@ from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
 from glake_infer import cuda, process_memory
 from glake_infer.allocators import Pool, import_onnxruntime
+from glake_infer.holding import Holding, HostCopy
 from glake_infer.models import load as loading
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
 from glake_infer.models.load import WORKSPACE, Streams, load
 from glake_infer.models.runtime import Runtime
-from glake_infer.residency import Holding, HostCopy, Residency
+from glake_infer.residency import Residency
 from glake_infer.store import Store
 
 GIB = 1 << 30

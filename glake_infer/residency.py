@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import functools
 import itertools
 import os
@@ -31,8 +30,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from glake_infer import layout
@@ -40,15 +38,15 @@ from glake_infer.allocators.errors import (
     BrokerError,
     DriverError,
     ForkedProcessError,
-    GlakeError,
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
 from glake_infer.digest import digest_of_range, is_digest
+from glake_infer.holding import Holding, HostCopy, Weighed
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
-from glake_infer.sharing.refusals import AlteredError, BrokerGoneError, SupersededError
-from glake_infer.sharing.share import GaveWayError, Share, placed_alone
+from glake_infer.sharing.refusals import AlteredError, BrokerGoneError
+from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
 from glake_infer.transfers import Device, Part, device_for
@@ -56,14 +54,10 @@ from glake_infer.transfers import Device, Part, device_for
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
 
-HostCopy = Literal["store", "pinned"]
 PAGE = 4096
 
 MOST_VERIFIED = 1 << 16
 """Files of which it is remembered that their bytes were checked."""
-
-SUPERSEDED = 5
-"""How often a use begins anew because other processes were faster."""
 
 TELLING = 8 << 20
 """Bytes from which a load tells how fast the next one will be."""
@@ -111,7 +105,7 @@ class _Copy:
 
 
 @dataclass(eq=False)
-class _Region:
+class Region:
     """A reservation of addresses; `number` is the native pool's, 0 where there is nothing to reserve."""
 
     number: int
@@ -133,25 +127,10 @@ class _Region:
 class _Entry:
     wanted: Wanted
     address: int
-    region: _Region
+    region: Region
     chunks: tuple[int, ...]
     users: dict[int, int] = field(default_factory=dict)
     """References by the number of the model."""
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """What a holding weighs now, in bytes."""
-
-    shared: int
-    """Weights that other models use too."""
-    own: int
-    asleep: int
-    """Memory that the next use has to bring back first."""
-    pinned: int
-    """Page-locked host memory that keeps copies for that."""
-    shared_with: dict[int, int]
-    """Other models (by number) -> bytes of weights that they use too."""
 
 
 class Residency:
@@ -176,12 +155,12 @@ class Residency:
         self._placing = threading.Lock()  # one model at a time is placed
         self._closing: deque[Holding] = deque()  # closed ones, whose references somebody has yet to give back
         self._entries: dict[str, _Entry] = {}
-        self._regions: dict[int, _Region] = {}
-        self._owners: dict[int, list[_Region]] = {}  # chunk -> the regions that have it
+        self._regions: dict[int, Region] = {}
+        self._owners: dict[int, list[Region]] = {}  # chunk -> the regions that have it
         self._pinning = threading.Lock()
         self._tails: dict[int, int] = {}  # last chunk of a region -> bytes of its granule that are used
         self._unfilled: dict[
-            int, list[_Region]
+            int, list[Region]
         ] = {}  # chunk -> regions whose weights in it may not be there yet
         self._filling = threading.Lock()
         self._pinned: dict[int, _Copy] = {}  # by chunk
@@ -356,7 +335,7 @@ class Residency:
     # Placing.
 
     def _place(self, missing: list[Wanted], specs: list[RegionSpec]) -> None:
-        placed: list[_Region] = []
+        placed: list[Region] = []
         try:
             self._place_files([item for item in missing if not self._copies or item.by_file], placed)
             missing = [item for item in missing if self._copies and not item.by_file]
@@ -375,23 +354,23 @@ class Residency:
             for region in layout.plan(items, granule, self._twin_of, tail_for):
                 placed.append(self._place_region(region, by_digest, tail))
             if len(items) < len(missing):  # weights without bytes
-                placed.append(self._enter([i for i in missing if not i.mapped], _Region(0, 0, (), ())))
+                placed.append(self._enter([i for i in missing if not i.mapped], Region(0, 0, (), ())))
         except BaseException:
             for made in placed:
                 self._remove(made)
             raise
 
-    def _place_files(self, missing: list[Wanted], placed: list[_Region]) -> None:
+    def _place_files(self, missing: list[Wanted], placed: list[Region]) -> None:
         """A region each: files are mapped by themselves, and a weight goes when its last user does."""
         for item in missing:
             if not item.mapped:
-                placed.append(self._enter([item], _Region(0, 0, (), ())))
+                placed.append(self._enter([item], Region(0, 0, (), ())))
                 continue
             size = -(-item.mapped // PAGE) * PAGE
             number, address, chunks = self._native.place_weights([(size, item.mapped, 0, False)], "file")
             self._numbers.add(number)
             part = Part(item.folder.path(item.digest), 0, item.mapped, address)
-            region = _Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
+            region = Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
             placed.append(self._enter([item], region))
 
     def _shares(self, item: Wanted) -> bool:
@@ -421,12 +400,12 @@ class Residency:
             )
         return specs
 
-    def _place_shared(self, missing: list[Wanted], specs: list[RegionSpec], placed: list[_Region]) -> None:
+    def _place_shared(self, missing: list[Wanted], specs: list[RegionSpec], placed: list[Region]) -> None:
         """Where the broker says that they lie."""
         assert self.share is not None
         with_bytes = [item for item in missing if item.mapped]
         if len(with_bytes) < len(missing):
-            placed.append(self._enter([i for i in missing if not i.mapped], _Region(0, 0, (), ())))
+            placed.append(self._enter([i for i in missing if not i.mapped], Region(0, 0, (), ())))
         if not with_bytes:
             return
         there = {region.spec.token: region for region in self._regions.values() if region.spec}
@@ -445,7 +424,7 @@ class Residency:
                 raise self._shorter(item, weight.mapped)
             self._enter([item], region, region.address + weight.offset)
 
-    def _map_region(self, spec: RegionSpec) -> _Region:
+    def _map_region(self, spec: RegionSpec) -> Region:
         """Reserve addresses for a region of the broker's."""
         assert self.share is not None
         pieces = [(c.size, c.used, self.share.number_of(c.token), False) for c in spec.chunks]
@@ -453,17 +432,17 @@ class Residency:
         self._numbers.add(number)
         sizes = tuple(chunk.size for chunk in spec.chunks)
         starts = tuple(itertools.accumulate(sizes[:-1], initial=address))
-        region = _Region(number, address, tuple(chunks), sizes, None, starts)
+        region = Region(number, address, tuple(chunks), sizes, None, starts)
         self._renew(region, spec)
         return self._enter([], region)
 
-    def _renew(self, region: _Region, spec: RegionSpec) -> None:
+    def _renew(self, region: Region, spec: RegionSpec) -> None:
         assert self.share is not None
         region.spec = spec
         region.parts = self._parts_of(region, [(w.offset, w.mapped, Path(w.path)) for w in spec.weights])
         self.share.entered(spec, region.chunks)
 
-    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> _Region:
+    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
         shared = [twin.chunks[i] if twin and i is not None else 0 for i in planned.shared]
         if planned.in_tail:
@@ -473,7 +452,7 @@ class Residency:
         number, address, chunks = self._native.place_weights(pieces, "memory")
         self._numbers.add(number)
         starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
-        region = _Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
+        region = Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
         spans = [
@@ -492,7 +471,7 @@ class Residency:
         return region
 
     @staticmethod
-    def _parts_of(region: _Region, spans: Sequence[tuple[int, int, Path]]) -> dict[int, list[Part]]:
+    def _parts_of(region: Region, spans: Sequence[tuple[int, int, Path]]) -> dict[int, list[Part]]:
         """What fills each chunk: of weights (offset in the region, bytes, file) in the order of their offsets."""
         found: dict[int, list[Part]] = {}
         first = start = 0
@@ -519,7 +498,7 @@ class Residency:
             return min(whole, key=lambda chunk: rest[chunk])
         return max(rest, key=lambda chunk: rest[chunk], default=0)
 
-    def _enter(self, items: Sequence[Wanted], region: _Region, address: int | None = None) -> _Region:
+    def _enter(self, items: Sequence[Wanted], region: Region, address: int | None = None) -> Region:
         for item in items:
             place = region.address if address is None else address
             first = max(0, bisect.bisect_right(region.starts, place) - 1)
@@ -536,10 +515,10 @@ class Residency:
         region = self._twin_region(item)
         return layout.Twin(region.parted, region.sizes) if region and region.parted else None
 
-    def _twin_region(self, item: layout.Item) -> _Region | None:
+    def _twin_region(self, item: layout.Item) -> Region | None:
         """The placed weight with the most equal pieces, if there are any."""
 
-        def equal(region: _Region) -> int:
+        def equal(region: Region) -> int:
             theirs = region.parted.pieces if region.parted else ()
             return sum(a == b for a, b in zip(item.pieces, theirs, strict=False))
 
@@ -571,7 +550,7 @@ class Residency:
             if not region.references and not self._native.resident_in(region.number):
                 self._remove(region)
 
-    def _remove(self, region: _Region) -> None:
+    def _remove(self, region: Region) -> None:
         if region.number:
             with contextlib.suppress(DriverError):  # of a GPU that is lost
                 self._native.remove_region(region.number)
@@ -625,7 +604,7 @@ class Residency:
             with self._locked():
                 copies = []
                 parts: list[Part] = []
-                filled: list[tuple[int, _Region]] = []
+                filled: list[tuple[int, Region]] = []
                 for chunk in chunks:
                     if kept := self._pinned.get(chunk):
                         kept.wanted.add(reader)  # so that nobody frees it meanwhile
@@ -684,7 +663,7 @@ class Residency:
             with contextlib.suppress(DriverError):
                 self._device.forget(kept.address)
 
-    def _is_filled(self, chunk: int, region: _Region) -> None:
+    def _is_filled(self, chunk: int, region: Region) -> None:
         if region in (regions := self._unfilled.get(chunk, [])):
             regions.remove(region)
             if not regions:
@@ -792,131 +771,6 @@ class Residency:
         return Weighed(shared, own, missing, pinned, others)
 
 
-def _look_anew() -> None:
-    """In a child of fork(): a thread of the parent's may have been looking."""
-    Residency.looking = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_look_anew)
-
-
-class Holding:
-    """A model's weights. Any thread may use it, several at a time.
-
-    `addresses`: digest -> address, which stay as they are until `close`. Whatever reads them does so inside `with
-    holding:`, which first brings back what is not there; the work on the device must be queued when the block ends. A
-    use raises what `Residency.hold` does, with the holding as it was.
-    """
-
-    def __init__(
-        self,
-        table: Residency,
-        native: _native.Pool,
-        number: int,
-        user: int,
-        addresses: dict[str, int],
-        chunks: tuple[int, ...],
-        host_copy: HostCopy,
-    ) -> None:
-        """Use `Residency.hold`."""
-        self._table = table
-        self._native = native
-        self._number = number
-        self.user = user
-        self.addresses = addresses
-        self.chunks = chunks
-        self.host_copy = host_copy
-        self.regions: frozenset[_Region] = frozenset()
-        self.closed = False
-        self._unclosed = threading.Lock()  # taken once and for all by close()
-        self._closing = False
-        self._kept = -1  # the table's renewals when its copies were made
-        self._keeping = threading.Lock()
-        self.weighed = Weighed(0, 0, 0, 0, {})
-
-    def __enter__(self) -> Holding:
-        """Begin a use: waits for room while other uses go on, and for what other threads load. Ctrl-C ends the wait."""
-        table = self._table
-        if self._closing:
-            raise GlakeError("the model is closed: its weights are gone. Load it again.")
-        attempts = SUPERSEDED
-        while chunks := self._native.begin_use(self._number):
-            try:
-                table._bring(self, chunks, alone=not attempts)
-                break
-            except GaveWayError:  # whoever it was for comes first now
-                continue
-            except SupersededError:
-                attempts -= 1
-        keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
-        if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
-            try:
-                table._fill_tails(self)
-                with self._keeping:
-                    if keeps and self._kept != (renewals := table._renewals):
-                        table._keep_copies(self)
-                        self._kept = renewals
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End a use."""
-        self._native.end_use(self._number)
-        if self._closing:
-            self.close()
-
-    def suspend(self) -> int:
-        """Wait for uses in progress, then give back what no other awake holding needs; returns the bytes.
-
-        Raises DriverError where the device does not answer; then nothing has gone.
-        """
-        freed = self._native.suspend(self._number)
-        self._table.flush()
-        return freed
-
-    @property
-    def suspended(self) -> bool:
-        """Whether it was suspended, or not yet used. What the pool took by itself is in `weigh().asleep`."""
-        return not self.closed and not self._native.user(self._number)["awake"]
-
-    @property
-    def idle_seconds(self) -> float:
-        """Since the end of the last use; 0 during one."""
-        return 0.0 if self.closed else float(self._native.user(self._number)["idle_seconds"])
-
-    @property
-    def busy(self) -> bool:
-        """Whether uses are in progress."""
-        return not self.closed and bool(self._native.user(self._number)["busy"])
-
-    def set_policy(self, *, evictable: bool, priority: int) -> None:
-        """Let the pool take its memory while it is idle, lower priorities first, or do not."""
-        if not self.closed:
-            self._native.set_policy(self._number, evictable, priority)
-
-    def weigh(self, patience: float = -1) -> Weighed:
-        """Its bytes now; or as they were when this was last asked, if others need the tables for `patience` seconds."""
-        self._table._refuse_child()
-        return self._table._weigh(self, patience)
-
-    def close(self, *, wait: bool = True) -> None:
-        """Give the references back, once the uses in progress have ended. Closing twice is fine.
-
-        Without `wait`, for finalizers, that may be done by another thread, soon after.
-        """
-        self._closing = True
-        if os.getpid() != self._table._process:  # a child of fork(): they are the parent's
-            return
-        if not self.closed and not self.busy and self._unclosed.acquire(blocking=False):
-            self.closed = True
-            self._table._closing.append(self)
-            self._table._give_back_closed(wait=wait)
-
-
 def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
     """Take back the addresses of a table that is gone."""
     for number in numbers:
@@ -924,43 +778,6 @@ def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
             native.remove_region(number)
     if share:
         share.close(wait=False)
-
-
-Span = tuple[int, int]
-"""The first address and the one behind the last."""
-
-
-def mappings_of(paths: Iterable[Path]) -> set[Span]:
-    """Where this process has mapped these files by itself: privately, as ONNX Runtime does."""
-    names = {str(path) for path in paths}
-    found: set[Span] = set()
-    if not names:
-        return found
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[1].endswith("p") and fields[5] in names:
-            start, _, end = fields[0].partition("-")
-            found.add((int(start, 16), int(end, 16)))
-    return found
-
-
-def drop_pages(mappings: Iterable[Span]) -> None:
-    """Let go of the pages of mapped files: they are read again when they are touched.
-
-    Only where nothing was written. The mappings must stay until this returns.
-    """
-    wanted = set(mappings)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    dont_need = 4
-    span: Span | None = None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head, _, rest = line.partition(" ")
-        if "-" in head and not head.endswith(":"):
-            start, _, end = head.partition("-")
-            span = (int(start, 16), int(end, 16))
-        elif head == "Anonymous:" and span in wanted and rest.split()[0] == "0":
-            libc.madvise(span[0], span[1] - span[0], dont_need)
 
 
 def _seal(path: Path, length: int) -> tuple[int, ...]:
@@ -999,3 +816,11 @@ def _checked(path: Path, digest: str, length: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _look_anew() -> None:
+    """In a child of fork(): a thread of the parent's may have been looking."""
+    Residency.looking = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_look_anew)

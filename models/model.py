@@ -22,6 +22,8 @@ from glake_infer.allocators.errors import (
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
+from glake_infer.holding import Holding, HostCopy
+from glake_infer.mapped_files import Span, drop_pages
 from glake_infer.models.device_array import DeviceArray
 from glake_infer.models.gate import Gate
 from glake_infer.models.interchange import Borrowed
@@ -35,7 +37,7 @@ from glake_infer.models.values import (
     from_ort_value,
     to_ort_value,
 )
-from glake_infer.residency import AlteredObjectError, Holding, HostCopy, Residency, Span, drop_pages
+from glake_infer.residency import AlteredObjectError, Residency
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -12,11 +12,11 @@ from typing import Any
 from glake_infer.allocators.attach import import_onnxruntime
 from glake_infer.allocators.errors import GlakeError, InputError
 from glake_infer.allocators.pool import Pool
+from glake_infer.holding import HostCopy
 from glake_infer.models.gate import Gate
 from glake_infer.models.load import CUDA_PROVIDER, load
 from glake_infer.models.model import Model, ModelClosedError
 from glake_infer.pool import Pool as BrokeredPool
-from glake_infer.residency import HostCopy
 from glake_infer.store import Store
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from glake_infer.allocators.attach import import_onnxruntime
 from glake_infer.allocators.errors import GlakeError, InputError, ModelError
 from glake_infer.allocators.pool import Pool
-from glake_infer.residency import Holding
+from glake_infer.holding import Holding
 
 
 def guarded_session(holding: Holding) -> Any:

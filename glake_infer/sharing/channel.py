@@ -129,6 +129,8 @@ class Frames:
         """
         if self._lost:
             raise DescriptorsLostError
+        if len(self._descriptors) > MOST_DESCRIPTORS + DESCRIPTORS_AT_ONCE:
+            raise ProtocolError("more descriptors came than any message has.")
         if len(self._data) < HEADER.size:
             if self._data and not MAGIC.startswith(bytes(self._data[: len(MAGIC)])):
                 raise ProtocolError("what came is no message of ours.")

@@ -28,8 +28,6 @@ from glake_infer.sharing.channel import (
 from glake_infer.sharing.descriptors import Descriptor, own
 from glake_infer.sharing.entries import Client
 from glake_infer.sharing.protocol import (
-    DESCRIPTORS_AT_ONCE,
-    MOST_DESCRIPTORS,
     Answer,
     Message,
     Refusal,
@@ -251,8 +249,6 @@ class Connection:
 
     def _hand_on(self) -> None:
         while not self._ended and not self._finishing:
-            if len(self._frames._descriptors) > MOST_DESCRIPTORS + DESCRIPTORS_AT_ONCE:
-                raise ProtocolError("more descriptors came than any message has.")
             if (found := self._frames.next()) is None:
                 break
             message, numbers = found

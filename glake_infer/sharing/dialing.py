@@ -22,8 +22,21 @@ BLOCKED = 10.0
 STARTING = 20.0
 """Seconds that a broker started on demand may take to answer."""
 
-GRANDCHILD = "import os, sys\nif os.fork() == 0: os.execv(sys.argv[1], sys.argv[1:])"
-"""Starts a program that is no child of ours: some processes (Ray's workers) end with all their children."""
+GRANDCHILD = """
+import os, sys
+if os.fork() == 0:
+    try:
+        with open("/proc/self/oom_score_adj") as score:
+            above = int(score.read()) > 0
+        if above:
+            with open("/proc/self/oom_score_adj", "w") as score:
+                score.write("0")
+    except OSError:
+        pass
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Starts a program that is no child of ours: some processes (Ray's workers) end with all their children. Nor is it among the
+first to be killed when memory runs out, as such a process may be: others have their weights from it."""
 
 IDLE_EXIT = 60
 """Seconds after which a broker that was started on demand ends, when it has no clients."""

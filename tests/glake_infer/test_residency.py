@@ -15,7 +15,8 @@ from stored_weights import parted, wanted
 
 import glake_infer as gi
 from glake_infer import layout
-from glake_infer.residency import AlteredObjectError, Residency, drop_pages, mappings_of
+from glake_infer.mapped_files import drop_pages, mappings_of
+from glake_infer.residency import AlteredObjectError, Residency
 
 PAGE = 4096
 KiB, MiB = 1 << 10, 1 << 20

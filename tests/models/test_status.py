@@ -7,11 +7,12 @@ import time
 import pytest
 
 import glake_infer as gi
+from glake_infer.holding import Holding
 from glake_infer.models import load as loading
 from glake_infer.models import status as module
 from glake_infer.models import zoo
 from glake_infer.models.status import machine_status, process_statuses
-from glake_infer.residency import Holding, Residency
+from glake_infer.residency import Residency
 from glake_infer.sharing import client
 
 MiB = 1 << 20
