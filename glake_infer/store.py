@@ -3,6 +3,7 @@
     ROOT/objects/ab/abcd...        a weight's raw bytes, mode 0444, never modified
     ROOT/prepared/objects/ab/...   weights that ONNX Runtime derived on this machine (fused, prepacked)
     ROOT/prepared/KEY/             a graph over them (models/prepare.py)
+    ROOT/archives/KEY/NAME.glake   a package taken from an archive, for all processes of a node (models/node_packages.py)
     ROOT/packages/HASH.json        which package lies where and which objects it needs
     ROOT/pending/ID.json           a folder that is being written; what a killed process left is found here
     ROOT/lock                      held shared by whoever reads or adds objects, exclusively by gc
