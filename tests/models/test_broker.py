@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import brokers
 import brokers_worker
@@ -618,7 +619,10 @@ def runtime_folder(folder, monkeypatch):
 def test_a_broker_is_started_on_demand(machine, runtime_folder):
     """By several processes at once: there is one. It ends when it is not needed, and is started again."""
     path = runtime_folder / "glake-infer" / "broker.sock"
-    setup = "patch(IDLE_EXIT=1)"
+    score = "/proc/{}/oom_score_adj"
+    setup = (
+        f"patch(IDLE_EXIT=1); open({score.format('self')!r}, 'w').write('500')"  # as Ray's workers have it
+    )
     environment = {"XDG_RUNTIME_DIR": runtime_folder, "GLAKE_BROKER": "auto"}
     workers = [machine.worker(opened=False, setup=setup, **environment) for _ in range(4)]
     for worker in workers:
@@ -632,6 +636,7 @@ def test_a_broker_is_started_on_demand(machine, runtime_folder):
     assert sorted(p.pid for p in status.devices[0].processes) == sorted(w.pid for w in workers)
     # It outlives who started it, and gets none of its signals.
     assert os.getsid(status.broker.pid) not in [os.getsid(pid) for pid in (0, *(w.pid for w in workers))]
+    assert Path(score.format(status.broker.pid)).read_text() == "0\n"
     assert path.parent.stat().st_mode & 0o777 == 0o700
     first = workers.pop()
     for worker in workers:
