@@ -25,7 +25,6 @@ import functools
 import io
 import json
 import os
-import pickle
 import re
 import statistics
 import subprocess
@@ -33,7 +32,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,6 +41,7 @@ import numpy as np
 
 from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
+from benchmarks.workers import Process, serve
 
 if TYPE_CHECKING:
     from glake_infer.holding import Holding
@@ -401,25 +400,6 @@ class Worker:
             self.pool.close()
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """Call the worker's methods that stdin names, pickled; answer with (whether it went well, what it returned)."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    worker = Worker(**vars(arguments))
-    while True:
-        try:
-            name, *given = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            worker.close()
-            return
-        try:
-            answer = True, getattr(worker, name)(*given)
-        except Exception:
-            answer = False, traceback.format_exc()
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
 def quieten(options: Any) -> None:
     """Idle threads sleep at once: processes take turns, and spinning ones would slow the others."""
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -439,41 +419,6 @@ def difference(answer: Sequence[Any], other: Sequence[Any]) -> float:
     """The largest difference in any output, relative to the largest value of that output of `other`."""
     pairs = [(np.float64(a), np.float64(b)) for a, b in zip(answer, other, strict=True)]
     return max(float(np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)) for a, b in pairs)
-
-
-class Process:
-    """A process with a `Worker`."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe)
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self.process.pid
-
-    def send(self, *command: Any) -> None:
-        """Let it call a method; the first name is its name."""
-        assert self.process.stdin is not None
-        pickle.dump(command, self.process.stdin)
-        self.process.stdin.flush()
-
-    def receive(self) -> Any:
-        """What that returned."""
-        assert self.process.stdout is not None
-        try:
-            well, answer = pickle.load(self.process.stdout)
-        except EOFError:
-            raise RuntimeError(f"a process ended with {self.process.wait()}: see above") from None
-        if not well:
-            raise RuntimeError(f"another process failed:\n{answer}")
-        return answer
-
-    def ask(self, *command: Any) -> Any:
-        """Send and receive."""
-        self.send(*command)
-        return self.receive()
 
 
 def ask(processes: Sequence[Process], *command: Any) -> list[Any]:
@@ -1320,7 +1265,8 @@ def main() -> None:
         parser.add_argument("--broker", default="")
         parser.add_argument("--limit", type=int, default=0)
         parser.add_argument("--runtime", action="store_true")
-        work(parser.parse_args(sys.argv[2:]))
+        given = vars(parser.parse_args(sys.argv[2:]))
+        serve(lambda: Worker(**given)).close()
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda:0")

@@ -17,15 +17,12 @@ import contextlib
 import functools
 import itertools
 import os
-import pickle
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +33,7 @@ import numpy as np
 
 from benchmarks.plain import SETTINGS, plain_session
 from benchmarks.record import record
+from benchmarks.workers import Process, serve
 from glake_infer import cuda, process_memory
 from glake_infer.allocators import Pool, import_onnxruntime
 from glake_infer.holding import Holding, HostCopy
@@ -61,7 +59,7 @@ WAYS = {  # of a session: $CUBLAS_WORKSPACE_CONFIG, streams
 
 
 class Worker:
-    """One side, in its process: `Side.ask` calls these methods.
+    """One side, in its process: `Process.ask` calls these methods.
 
     "ours": packages on a pool, of a Runtime where there is a limit; "plain": ONNX files; "graph": the graphs of packages
     with weights from the store, by ONNX Runtime alone.
@@ -294,43 +292,6 @@ class Worker:
         }  # fmt: skip
 
 
-def child(side: str, device: str, limit: int) -> None:
-    """Call the worker's methods that stdin names, pickled; answer with (whether it went well, what it returned)."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    worker = Worker(side, device, limit)
-    while True:
-        try:
-            name, *arguments = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = True, getattr(worker, name)(*arguments)
-        except Exception:
-            answer = False, traceback.format_exc()
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
-class Side:
-    """A process with a `Worker`."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe)
-
-    def ask(self, *command: Any) -> Any:
-        """Return what a method of the worker returned; the first name is its name."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        pickle.dump(command, self.process.stdin)
-        self.process.stdin.flush()
-        well, answer = pickle.load(self.process.stdout)
-        if not well:
-            raise RuntimeError(f"{command[0]} failed in another process:\n{answer}")
-        return answer
-
-
 @dataclass(frozen=True)
 class Setup:
     """Where, with what sizes, and in which folder a scene is run."""
@@ -350,7 +311,7 @@ class Setup:
         return max(least, min(count, round(count * self.scale)))
 
     @contextlib.contextmanager
-    def side(self, side: str, limit: int = 0, workspace: str = "") -> Iterator[Side]:
+    def side(self, side: str, limit: int = 0, workspace: str = "") -> Iterator[Process]:
         """A side's process, until the block ends. `workspace` is cuBLAS's setting."""
         command = [sys.executable, "-m", "benchmarks.residency", "--child", side, "--device", self.device]
         environment = {
@@ -360,7 +321,7 @@ class Setup:
         }
         if not workspace:
             del environment[WORKSPACE]
-        made = Side([*command, "--limit", str(limit)], environment)
+        made = Process([*command, "--limit", str(limit)], environment)
         try:
             made.ask("memory")  # it is there, and has its context, before another begins
             yield made
@@ -409,7 +370,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"count": len(seconds), "p50": float(p50), "p95": float(p95), "max": float(most)}
 
 
-def by_turns(sides: dict[str, Side], models: int, feeds: dict[str, Any], turns: int) -> dict[str, Any]:
+def by_turns(sides: dict[str, Process], models: int, feeds: dict[str, Any], turns: int) -> dict[str, Any]:
     """Median seconds of a run of each side; they take turns, with another one first each time."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
@@ -431,7 +392,7 @@ def family(at: Setup) -> dict[str, Any]:
     packages = first_then_four(lambda file: convert(file, store=at.store).package, files)
     feeds = at.feeds(specs[0], (1, 16), (8, 128), (4, 384))
 
-    def begin(side: Side, paths: list[str]) -> tuple[list[Any], int]:
+    def begin(side: Process, paths: list[str]) -> tuple[list[Any], int]:
         """Load and run all; the answers, and the memory."""
         for path in paths:
             side.ask("load", path)
@@ -535,7 +496,7 @@ def fixed(at: Setup) -> dict[str, Any]:
     packages = at.write(specs)
     files = [str(zoo.write(spec, at.folder / f"{n}.onnx")) for n, spec in enumerate(specs)]
     feeds = at.feeds(specs[0], (1, 16), (8, 128), (32, 128))
-    sides, costs = dict[str, Side](), dict[str, Any]()
+    sides, costs = dict[str, Process](), dict[str, Any]()
     with contextlib.ExitStack() as stack:
         for label in ("plain", *list(WAYS)[: 2 if at.tiny else None]):
             paths, kind = (files, "plain") if label == "plain" else (packages, "ours")
@@ -576,7 +537,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.device, arguments.limit)
+        serve(lambda: Worker(arguments.child, arguments.device, arguments.limit))
         return
     for name in arguments.scene:
         start = time.perf_counter()
