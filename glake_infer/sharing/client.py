@@ -41,7 +41,7 @@ from glake_infer.allocators.errors import (
 )
 from glake_infer.sharing import protocol
 from glake_infer.sharing.channel import Channel, ProtocolError, close_all
-from glake_infer.sharing.descriptors import raise_limit
+from glake_infer.sharing.descriptors import Descriptor, raise_limit
 from glake_infer.sharing.dialing import BLOCKED, dial, welcome
 from glake_infer.sharing.protocol import ChunkMemory, RegionSpec
 from glake_infer.sharing.refusals import BrokerGoneError, error_of
@@ -86,16 +86,6 @@ class _Waiting:
     descriptors: list[int] = field(default_factory=list)
     abandoned: bool = False
     generation: int = 0
-
-
-class _Event:
-    """An eventfd, open as long as anybody refers to it: its number is not another file's while it is written to."""
-
-    def __init__(self) -> None:
-        self.number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def __del__(self) -> None:
-        os.close(self.number)
 
 
 @dataclass(frozen=True)
@@ -169,7 +159,7 @@ class Client:
         self._complaint = ""
         self._delay = 0.0
         self._tasks: queue.SimpleQueue[tuple[Channel, protocol.Request] | None] = queue.SimpleQueue()
-        self._event: _Event | None = _Event()
+        self._event: Descriptor | None = Descriptor(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         try:
             self._connect(first=True)
             if not self._native.share(self._grow, self._event.number):
@@ -343,7 +333,7 @@ class Client:
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError, BlockingIOError):
-            if event := self._event:
+            if event := self._event:  # it stays open until it is written to
                 os.eventfd_write(event.number, 1)
 
     # Asking.
