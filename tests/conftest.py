@@ -25,6 +25,14 @@ def store(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def place(tmp_path):
+    """A folder for sockets: their paths are short, and nobody else writes there."""
+    folder = tmp_path / "s"
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+@pytest.fixture
 def python():
     """Start `code` in a new Python process with the tests' helpers on its path; returns the Popen."""
     started = []

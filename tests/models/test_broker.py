@@ -49,23 +49,15 @@ def large(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """For sockets: their paths are short, and nobody else writes there."""
-    made = tmp_path / "s"
-    made.mkdir(mode=0o700)
-    return made
-
-
-@pytest.fixture
-def machine(workshop, folder):
-    machine = brokers.Machine(folder, workshop)
+def machine(workshop, place):
+    machine = brokers.Machine(place, workshop)
     yield machine
     machine.close()
 
 
 @pytest.fixture
-def large_machine(large, folder):
-    machine = brokers.Machine(folder, large)
+def large_machine(large, place):
+    machine = brokers.Machine(place, large)
     yield machine
     machine.close()
 
@@ -601,19 +593,19 @@ def test_activations_make_another_processs_models_sleep(large_machine, never_abo
 # Which broker.
 
 
-def end_brokers(folder):
+def end_brokers(place):
     """Those that were started on demand, whose sockets lie below."""
-    for lock in folder.rglob("*.sock.lock"):
+    for lock in place.rglob("*.sock.lock"):
         with contextlib.suppress(ValueError, ProcessLookupError):
             os.kill(int(lock.read_text()), signal.SIGTERM)
 
 
 @pytest.fixture
-def runtime_folder(folder, monkeypatch):
+def runtime_folder(place, monkeypatch):
     """The default socket is below it."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
-    yield folder
-    end_brokers(folder)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    yield place
+    end_brokers(place)
 
 
 def test_a_broker_is_started_on_demand(machine, runtime_folder):
@@ -702,8 +694,8 @@ def fails_to_open(path, error, match):
     return caught.value
 
 
-def test_no_broker_there(folder, unchanged, impatient):
-    path = folder / "none.sock"
+def test_no_broker_there(place, unchanged, impatient):
+    path = place / "none.sock"
     fails_to_open(path, gi.BrokerError, rf"no broker at {path}.*`glake-infer broker`.*'auto'")
     path.touch()
     fails_to_open(path, gi.GlakeError, "another kind of file")
@@ -711,11 +703,11 @@ def test_no_broker_there(folder, unchanged, impatient):
     with socket.socket(socket.AF_UNIX) as left:  # of a broker that is gone
         left.bind(str(path))
     fails_to_open(path, gi.BrokerError, "no broker at .*refused")
-    fails_to_open(folder / ("x" * 120), gi.InputError, "system takes 107")
-    fails_to_open(folder / "missing" / "b.sock", gi.GlakeError, "cannot be used: No such file")
+    fails_to_open(place / ("x" * 120), gi.InputError, "system takes 107")
+    fails_to_open(place / "missing" / "b.sock", gi.GlakeError, "cannot be used: No such file")
     fails_to_open("", gi.InputError, "expected 'auto', 'off'")
-    folder.chmod(0o777)
-    fails_to_open(path, gi.GlakeError, f"chmod 700 {folder}")
+    place.chmod(0o777)
+    fails_to_open(path, gi.GlakeError, f"chmod 700 {place}")
 
 
 class Fake:
@@ -785,11 +777,11 @@ FAKES = {
 
 
 @pytest.mark.parametrize("kind", FAKES)
-def test_somebody_else_at_the_socket(folder, unchanged, impatient, kind):
+def test_somebody_else_at_the_socket(place, unchanged, impatient, kind):
     serve, error, match = FAKES[kind]
-    fake = Fake(folder / "b.sock", serve)
+    fake = Fake(place / "b.sock", serve)
     try:
-        fails_to_open(folder / "b.sock", error, match)
+        fails_to_open(place / "b.sock", error, match)
     finally:
         fake.close()
 
@@ -916,14 +908,14 @@ WRONG = {
 @pytest.fixture(scope="module")
 def between(workshop, tmp_path_factory):
     """A broker, a process that has a model, and another one behind what changes the words of the broker."""
-    folder = tmp_path_factory.mktemp("s")
-    folder.chmod(0o700)
-    machine = brokers.Machine(folder, workshop)
+    place = tmp_path_factory.mktemp("s")
+    place.chmod(0o700)
+    machine = brokers.Machine(place, workshop)
     machine.start()
-    between = Between(folder / "between.sock", machine.path)
+    between = Between(place / "between.sock", machine.path)
     between.machine = machine
     between.one = machine.worker()
-    between.other = machine.worker(folder / "between.sock", setup=quick())
+    between.other = machine.worker(place / "between.sock", setup=quick())
     between.one("serve_models('a')")
     between.other("serve_models('d')")
     yield between
@@ -1072,8 +1064,8 @@ def own_workshop(workshop, tmp_path):
 
 
 @pytest.fixture
-def damaged(own_workshop, folder):
-    machine = brokers.Machine(folder, own_workshop)
+def damaged(own_workshop, place):
+    machine = brokers.Machine(place, own_workshop)
     yield machine
     machine.close()
 

@@ -16,14 +16,6 @@ from glake_infer.sharing.broker import Broker
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A folder for sockets, whose path is short enough."""
-    folder = tmp_path / "s"
-    folder.mkdir(mode=0o700)
-    return folder
-
-
-@pytest.fixture
 def start(place):
     """Start a broker in a thread; it ends with the test. Its events are in `.events`."""
     with ExitStack() as stack:
