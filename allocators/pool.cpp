@@ -322,9 +322,9 @@ std::size_t Pool::limit_with(std::size_t common) const noexcept {
 
 bool Pool::quota_binds(std::size_t common) const noexcept { return limit_with(common_ + common) < limit_; }
 
-// What is of use against the tighter one of limit and quota.
-Weights::Which Pool::evictable_now() const noexcept {
-  return quota_binds(0) ? Weights::Which::own : Weights::Which::all;
+// What is of use against the tighter one of limit and quota, with so much more common memory.
+Weights::Which Pool::evictable_now(std::size_t common) const noexcept {
+  return quota_binds(common) ? Weights::Which::own : Weights::Which::all;
 }
 
 // Asks the grower where a request found no room, and tries again.
@@ -648,8 +648,7 @@ Address Pool::map_file(int descriptor, std::size_t bytes) {
   if (bytes == 0) throw DriverError("mapping 0 bytes of a file failed: an empty file cannot be mapped");
   const std::size_t pages = round_up(bytes, page);
   while (!reserve(pages, true)) {
-    const auto which = quota_binds(pages) ? Weights::Which::own : Weights::Which::all;
-    if (resident_.evict(pages, which) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
+    if (resident_.evict(pages, evictable_now(pages)) == 0) throw_out_of_memory(bytes, nullptr, pages, false);
   }
   Address address = 0;
   try {

@@ -315,7 +315,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void unreserve(std::size_t bytes, bool common) noexcept override;
   [[nodiscard]] std::size_t excess(std::size_t bytes, std::size_t common) override;
   [[nodiscard]] bool quota_binds(std::size_t common) const noexcept override;
-  [[nodiscard]] Weights::Which evictable_now() const noexcept;
+  [[nodiscard]] Weights::Which evictable_now(std::size_t common = 0) const noexcept;
   void give_back_idle() override;
   void activate(std::size_t bytes, std::size_t requested, std::uint32_t holder) override;
   void deactivate(std::size_t bytes, std::size_t requested, std::uint32_t holder) noexcept override;

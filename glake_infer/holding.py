@@ -86,9 +86,8 @@ class Holding:
             try:
                 table._bring(self, chunks, alone=not attempts)
                 break
-            except (
-                GaveWayError
-            ):  # whoever it was for comes first now, and has to see that this lets go of its chunks
+            except GaveWayError:
+                # Whoever it was for comes first now, and has to see that this lets go of its chunks.
                 time.sleep(random.uniform(*GIVING_WAY))
             except SupersededError:
                 attempts -= 1

@@ -158,9 +158,8 @@ class Room:
         """
         if client.makes or any(chunk.checking for chunk in client.has):
             return True
-        if client is asker and offer.running <= self.turns.urgent(client):
-            return bool(offer.busy) and client in self.turns.waiting()
-        return bool(offer.busy)
+        only_asks = client is asker and offer.running <= self.turns.urgent(client)
+        return bool(offer.busy) and (not only_asks or client in self.turns.waiting())
 
     def _state(self, went: Went) -> tuple[int, ...]:
         """What differs where going on may help: what went, who has ended, what nobody has now."""
