@@ -187,7 +187,7 @@ void bind_transfers(nb::module_& module) {
       .def(
           "cancel", [](const Transfer& self) { self.engine->engine.cancel(self.handle); }, Unlocked(),
           "It ends soon: wait for that.")
-      .def("view", &view, "How far it is, and what went wrong.");
+      .def("view", &view, nb::sig("def view(self) -> dict[str, Any]"), "How far it is, and what went wrong.");
 
   nb::class_<Engine>(module, "TransferEngine", "Bytes of files and host memory to devices, and back; see the header.")
       .def_static(
@@ -236,20 +236,20 @@ void bind_transfers(nb::module_& module) {
                 index, std::make_unique<glake::CudaRelay>(context_of(index), context_of(peer), staging, bytes),
                 rates(known));
           },
-          "index"_a, "peer"_a, "staging"_a, "bytes"_a, "known"_a = Rates{0, 0}, Unlocked(),
+          "index"_a, "peer"_a, "staging"_a, "size"_a, "known"_a = Rates{0, 0}, Unlocked(),
           "A peer's link, by a buffer in its memory that stays until remove_further_paths().")
       .def(
           "remove_further_paths", [](Engine& self, int target) { self.engine.remove_further_paths(target); },
           "target"_a, Unlocked())
-      .def("paths", &paths, "target"_a)
+      .def("paths", &paths, "target"_a, nb::sig("def paths(self, target: int) -> list[dict[str, Any]]"))
       .def("load", &load, "target"_a, "files"_a, "parts"_a, "priority"_a = 0, "paths"_a = 1, "around_cache"_a = false,
            "in_place"_a = false, "Parts: (number of the file, offset, bytes, address) each.")
       .def("copy", &copy, "target"_a, "to_device"_a, "spans"_a, "priority"_a = 0, "paths"_a = 1, "piece"_a = 0,
            "Spans: (address of host memory, address of the device's, bytes) each.")
-      .def("take_buffer", &Engine::take, "bytes"_a, Unlocked(),
+      .def("take_buffer", &Engine::take, "size"_a, Unlocked(),
            "Host memory for copies: its address, and whether it is page-locked.")
       .def("give_buffer", &Engine::give, "address"_a, Unlocked())
-      .def("memory", &memory)
+      .def("memory", &memory, nb::sig("def memory(self) -> dict[str, int]"))
       .def(
           "trim", [](Engine& self) { self.engine.trim(); }, Unlocked())
       .def(
