@@ -3,9 +3,10 @@
     ROOT/verified       a record of SIZE bytes for each: digest, seal, checksum
 
 A seal is what changes when somebody writes to a file, replaces it, or copies it elsewhere. So a record of a file that
-changed is void by itself: nothing is ever looked up but "this digest with this seal". The file is appended to, in single
-writes, by any number of processes; what is torn or damaged equals nothing that is looked up, and goes when the file is
-rewritten (a temporary sibling that takes its place). Where it cannot be written, everything goes on without it.
+changed is void by itself: nothing is ever looked up but "this digest with this seal". Any number of processes append to the
+file, one at a time (a lock on it) and in single writes, and read it at any time; what is torn or damaged equals nothing that
+is looked up, and goes when the file is rewritten (a temporary sibling takes its place). Where it cannot be written,
+everything goes on without it.
 
 What this trusts: whoever can write to the store can write the record too, so it is no defence against them. Bytes that rot
 on the disk after they were read change no seal: `glake-infer store verify` finds them, as it reads everything, and
@@ -24,6 +25,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -47,6 +49,9 @@ MOST = 1 << 18
 
 FEWEST = 1 << 10
 """Records from which the file is rewritten whenever it has doubled."""
+
+PATIENCE = 0.1
+"""Seconds that a load waits for others who write; it goes on without a record then."""
 
 _BODY = struct.Struct("<32sQQQqq")
 _CHECK = 8
@@ -145,33 +150,31 @@ class Verified:
         start = bytes.fromhex(digest)
         with self._lock, contextlib.suppress(OSError):
             self._known = {record for record in self._known if not record.startswith(start)}
-            self._rewrite(lambda record: not record.startswith(start))
+            with _locked(self._path, patience=None) as fd:
+                self._rewrite(fd, lambda record: not record.startswith(start))
 
     def compact(self) -> None:
         """Leave out what is void: damaged records, and those of files that are gone or have changed."""
-        with self._lock, contextlib.suppress(OSError):
-            self._rewrite(self._lives)
+        with self._lock, contextlib.suppress(OSError), _locked(self._path) as fd:
+            self._rewrite(fd, self._lives)
 
     def _append(self, records: list[bytes]) -> None:
-        for _ in range(3):
-            with _opened(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
-                before = os.fstat(fd).st_size
-                if before % SIZE:  # a write that found the disk full
-                    self._rewrite(self._lives)
-                    continue
+        with _locked(self._path, os.O_CREAT) as fd:
+            before = os.fstat(fd).st_size
+            torn = before % SIZE  # by a write that found the disk full
+            if not torn:
                 os.write(fd, b"".join(records))
-                if not os.fstat(fd).st_nlink:  # it was rewritten meanwhile
-                    continue
-            self._known.update(records)
+                self._known.update(records)
             count = before // SIZE + len(records)
-            if count >= FEWEST and count.bit_length() > (before // SIZE).bit_length():
-                self._rewrite(self._lives)
-            return
+            if torn or (count >= FEWEST and count.bit_length() > (before // SIZE).bit_length()):
+                self._rewrite(fd, self._lives)
+        if torn:
+            self._append(records)
 
-    def _rewrite(self, keep: Callable[[bytes], bool]) -> None:
-        with _locked(self._path) as fd:
-            found = [r for r in dict.fromkeys(_records(fd, 0)) if _is_whole(r) and keep(r)]
-            write_file(self._path, b"".join(found[-MOST // 2 :]), sync=False)
+    def _rewrite(self, fd: int, keep: Callable[[bytes], bool]) -> None:
+        """In place of the record that is open, and locked."""
+        found = [r for r in dict.fromkeys(_records(fd, 0)) if _is_whole(r) and keep(r)]
+        write_file(self._path, b"".join(found[-MOST // 2 :]), sync=False)
 
     def _lives(self, record: bytes) -> bool:
         raw, *seal = _BODY.unpack(record[: _BODY.size])
@@ -216,11 +219,18 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Open a record that nobody else rewrites meanwhile. Raises OSError."""
+def _locked(path: Path, flags: int = 0, *, patience: float | None = PATIENCE) -> Iterator[int]:
+    """Open a record to which nobody else writes meanwhile. Raises OSError, also where others do for too long."""
+    end = time.monotonic() + (patience or 0)
     while True:
-        with _opened(path, os.O_RDONLY) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with _opened(path, os.O_RDWR | os.O_APPEND | flags) as fd:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if patience is None else fcntl.LOCK_NB))
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.001)
+                continue
             if os.fstat(fd).st_nlink:  # else somebody has just rewritten it
                 yield fd
                 return
