@@ -48,13 +48,13 @@ def is_digest(text: str) -> bool:
     return len(text) == DIGEST_LENGTH and all(c in "0123456789abcdef" for c in text)
 
 
-def pieces_of(fd: int, offset: int, length: int, size: int = PIECE) -> Iterator[memoryview]:
-    """Yield `length` bytes of `fd` from `offset` in pieces of `size`; stops early where the file ends.
+def pieces_of(fd: int, offset: int, length: int, size: int | None = None) -> Iterator[memoryview]:
+    """Yield `length` bytes of `fd` from `offset` in pieces (of `size`, else PIECE); stops early where the file ends.
 
     Each piece is valid only until the next one is asked for (one buffer is reused). Reads with
     `pread`, not `mmap`: a file that shrinks meanwhile gives a short read here, not a SIGBUS.
     """
-    buffer = memoryview(bytearray(min(size, max(length, 1))))
+    buffer = memoryview(bytearray(min(size or PIECE, max(length, 1))))
     end = offset + length
     while offset < end:
         count = os.preadv(fd, [buffer[: min(len(buffer), end - offset)]], offset)
