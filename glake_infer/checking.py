@@ -136,6 +136,7 @@ class Checking:
         self._errors: list[BaseException] = []
         self._stopped = False
         self._running = 0
+        self._threads: list[threading.Thread] = []
         self._ended = threading.Condition()
         self._started = time.time_ns()
         most = min(THREADS, len(os.sched_getaffinity(0)))
@@ -187,15 +188,19 @@ class Checking:
     def _wait(self) -> None:
         with self._ended:
             self._ended.wait_for(lambda: not self._running)
+        for thread in self._threads:  # they have nothing left to do but to end
+            thread.join()
 
     def _start_thread(self) -> None:
         with self._ended:
             self._running += 1
+        thread = threading.Thread(target=self._work, name="glake-infer check", daemon=True)
         try:
-            threading.Thread(target=self._work, name="glake-infer check", daemon=True).start()
+            thread.start()
         except BaseException:
             self._thread_ended()
             raise
+        self._threads.append(thread)
 
     def _thread_ended(self) -> None:
         with self._ended:
