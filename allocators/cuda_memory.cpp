@@ -2,9 +2,19 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <string>
 
 namespace glake {
+namespace {
+
+// By number: headers before CUDA 12.2 do not name them.
+constexpr auto maps_host_memory =
+    static_cast<CUdevice_attribute>(141);  // HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+constexpr auto host_numa_id = static_cast<CUdevice_attribute>(134);
+constexpr auto host_numa = static_cast<CUmemLocationType>(3);
+
+}  // namespace
 
 CudaMemory::CudaMemory(int device)
     : context_(std::make_shared<const CudaContext>(device)),
@@ -22,6 +32,15 @@ CudaMemory::CudaMemory(int device)
   const CurrentContext current(*context_);
   context_->check(driver_.mem_granularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
                   "asking for the granularity of memory (cuMemGetAllocationGranularity)");
+  if (context_->has(maps_host_memory)) {
+    properties_on_host_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties_on_host_.location.type = host_numa;
+    properties_on_host_.location.id = std::max(0, context_->value(host_numa_id, 0));
+    if (driver_.mem_granularity(&granularity_on_host_, &properties_on_host_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED) !=
+        CUDA_SUCCESS) {
+      granularity_on_host_ = 0;
+    }
+  }
   context_->check(driver_.stream_create(&private_stream_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
   (void)streams_.own_stream();  // once the device is full there would be no memory for it
 }
@@ -41,7 +60,7 @@ std::size_t CudaMemory::free_bytes() const noexcept {
 Address CudaMemory::do_reserve(std::size_t bytes) {
   const CurrentContext current(*context_);
   CUdeviceptr address = 0;
-  context_->check(driver_.mem_address_reserve(&address, bytes, granularity_, 0, 0),
+  context_->check(driver_.mem_address_reserve(&address, bytes, std::max(granularity_, granularity_on_host_), 0, 0),
                   "reserving address space (cuMemAddressReserve)", bytes);
   return address;
 }
@@ -79,6 +98,29 @@ ChunkHandle CudaMemory::do_create_shared(std::size_t bytes) {
     throw;
   }
   return made;
+}
+
+ChunkHandle CudaMemory::do_create_on_host(std::size_t bytes) {
+  const auto attempt = [&] {
+    return "creating " + std::to_string(bytes) + " bytes of host memory for " + context_->name() + " (cuMemCreate)";
+  };
+  if (granularity_on_host_ == 0) {
+    throw DriverError(attempt() +
+                      " failed: the device, or its driver, does not map memory of the host by NUMA nodes "
+                      "(CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED). Install a newer driver, or "
+                      "keep all weights on the device: offload=\"none\".");
+  }
+  const CurrentContext current(*context_);
+  CUmemGenericAllocationHandle handle = 0;
+  const CUresult result = driver_.mem_create(&handle, bytes, &properties_on_host_, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {  // not of the device: nothing that the pool gives back would help
+    throw DriverError(attempt() + " failed: " + driver_.describe(result) + ". NUMA node " +
+                      std::to_string(properties_on_host_.location.id) +
+                      " of the machine, or this process's control group, has no memory left that could be page-locked. "
+                      "End other processes, raise the group's limit, or keep fewer weights on the host (offload).");
+  }
+  if (result != CUDA_SUCCESS) driver_.fail(attempt(), result);
+  return {handle, bytes};
 }
 
 ChunkHandle CudaMemory::do_adopt(int descriptor, std::size_t bytes) {
