@@ -40,6 +40,8 @@ class Weighed:
     """Page-locked host memory that keeps copies for that."""
     shared_with: dict[int, int]
     """Other models (by number) -> bytes of weights that they use too."""
+    offloaded: int = 0
+    """Of shared and own, what lies in memory of the host."""
 
 
 class Holding:

@@ -7,7 +7,8 @@ stays, and the next use brings the same bytes back to it.
 
 On the host a weight is a read-only mapping of the store's object, so the operating system holds its pages once for all
 processes. On a device weights are copied into memory of their own (glake_infer/layout.py says how they lie there), which
-is read-only once it is written. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
+is read-only once it is written. Some may be wanted on the host: then their memory is the machine's, the device reads it
+over its link, and it is none of the pool's budget. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
 
 Where the pool has a broker (glake_infer/sharing/) that memory is the machine's: the broker says how weights lie, and whoever
 needs a chunk first fills it for all processes.
@@ -68,7 +69,8 @@ class Wanted:
     """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used.
 
     `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by. `by_file`: it is used through its file,
-    which somebody else maps too, and so never copied.
+    which somebody else maps too, and so never copied. `on_host`: its copy is to lie in memory of the host, unless a model
+    has one already; not where a broker holds the weights.
     """
 
     digest: str
@@ -79,6 +81,7 @@ class Wanted:
     pieces: tuple[str, ...] = ()
     edges: tuple[int, ...] = ()
     by_file: bool = False
+    on_host: bool = False
 
 
 class AlteredObjectError(StoreError):
@@ -121,6 +124,7 @@ class Region:
     """As a broker knows it."""
     entries: set[str] = field(default_factory=set)
     references: int = 0
+    on_host: bool = False
 
 
 @dataclass
@@ -242,6 +246,9 @@ class Residency:
                 specs = self._places_of(items)
                 with self._locked():
                     self._sweep()
+                    for item in items.values():
+                        if unneeded := self._unneeded(item):
+                            self._remove(unneeded)
                     missing = [item for item in items.values() if item.digest not in self._entries]
                     placed = {weight.digest for spec in specs for weight in spec.weights}
                     if any(self._shares(i) and i.mapped and i.digest not in placed for i in missing):
@@ -281,6 +288,51 @@ class Residency:
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+
+    def placed(self, digests: Iterable[str]) -> dict[str, bool]:
+        """Of these weights those that stay where they are, because models have them: digest -> whether on the host."""
+        with self._locked():
+            entries = {digest: entry for digest in digests if (entry := self._entries.get(digest))}
+            return {d: e.region.on_host for d, e in entries.items() if e.region.references}
+
+    def room(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
+        """Bytes of the device that weights would take which are not there yet, held and used now; and how many they could.
+
+        They could take what limit, quota and device leave when all is given back that is idle or may be evicted, and is
+        not wanted itself.
+        """
+        items = list({item.digest: item for item in wanted}.values())
+        granule, size = self._native.granularity, 0
+        with self._locked():
+            self._sweep()
+            leaving = [region for item in items if (region := self._unneeded(item))]
+            missing, chunks = [], []
+            for item in items:
+                entry = self._entries.get(item.digest)
+                if entry and entry.region not in leaving:
+                    chunks += entry.chunks
+                elif item.mapped and not item.on_host:
+                    missing.append(item)
+            own = [item for item in missing if not self._shares(item) and self._copies and not item.by_file]
+            size += sum(item.mapped for item in missing) - sum(item.mapped for item in own)
+            tail = 0
+
+            def tail_for(size: int) -> int:
+                nonlocal tail
+                tail = self._tail_for(size, granule)
+                return self._tails.get(tail, 0)
+
+            for region in layout.plan(_layout_items(own), granule, self._twin_of, tail_for):
+                twin = self._twin_region(region.parted) if region.parted else None
+                for index, (chunk, same) in enumerate(zip(region.chunks, region.shared, strict=True)):
+                    if region.in_tail and index == 0:
+                        chunks.append(tail)
+                    elif twin and same is not None:
+                        chunks.append(twin.chunks[same])
+                    else:
+                        size += chunk
+            absent, room = self._native.room_for(chunks)
+            return size + absent, room
 
     @property
     def transfers(self) -> TransferStatus:
@@ -350,9 +402,15 @@ class Residency:
                 return self._tails.get(tail, 0)
 
             by_digest = {item.digest: item for item in missing}
-            items = [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in missing if i.mapped]
-            for region in layout.plan(items, granule, self._twin_of, tail_for):
+            items = [item for item in missing if item.mapped]
+            near = _layout_items(item for item in items if not item.on_host)
+            for region in layout.plan(near, granule, self._twin_of, tail_for):
                 placed.append(self._place_region(region, by_digest, tail))
+            # On the host nothing is shared in part: no twins, and no tails.
+            far = _layout_items(replace(item, pieces=()) for item in items if item.on_host)
+            granule = max(granule, self._native.granularity_on_host)
+            for region in layout.plan(far, granule, lambda item: None, aligned=True):
+                placed.append(self._place_region(region, by_digest, 0, on_host=True))
             if len(items) < len(missing):  # weights without bytes
                 placed.append(self._enter([i for i in missing if not i.mapped], Region(0, 0, (), ())))
         except BaseException:
@@ -442,17 +500,21 @@ class Residency:
         region.parts = self._parts_of(region, [(w.offset, w.mapped, Path(w.path)) for w in spec.weights])
         self.share.entered(spec, region.chunks)
 
-    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> Region:
+    def _place_region(
+        self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int, *, on_host: bool = False
+    ) -> Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
         shared = [twin.chunks[i] if twin and i is not None else 0 for i in planned.shared]
         if planned.in_tail:
             shared[0] = tail
         beside = [planned.in_tail] + [False] * (len(shared) - 1)
         pieces = list(zip(planned.chunks, planned.used, shared, beside, strict=True))
-        number, address, chunks = self._native.place_weights(pieces, "memory")
+        number, address, chunks = self._native.place_weights(pieces, "memory", on_host)
         self._numbers.add(number)
         starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
-        region = Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
+        region = Region(
+            number, address, tuple(chunks), planned.chunks, planned.parted, starts, on_host=on_host
+        )
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
         spans = [
@@ -463,7 +525,7 @@ class Residency:
         if planned.in_tail:
             del self._tails[tail]  # used up, or entered again below
             self._unfilled.setdefault(tail, []).append(region)
-        if not planned.parted:
+        if not planned.parted and not on_host:
             granule = self._native.granularity
             end = max(offset + length for offset, length, _ in spans)
             if planned.chunks[-1] == granule and -end % granule:
@@ -510,6 +572,13 @@ class Residency:
             for chunk in region.chunks:
                 self._owners.setdefault(chunk, []).append(region)
         return region
+
+    def _unneeded(self, item: Wanted) -> Region | None:
+        """Where a weight lies on the device that is wanted on the host, if no model needs it there."""
+        there = self._entries.get(item.digest)
+        if not (item.on_host and there and there.region.number):
+            return None
+        return None if there.region.on_host or there.region.references else there.region
 
     def _twin_of(self, item: layout.Item) -> layout.Twin | None:
         region = self._twin_region(item)
@@ -736,6 +805,8 @@ class Residency:
                         kept.wanted.add(holding)
                         continue
                     region = self._owners[chunk][0]
+                if region.on_host:  # the store has them, and this is host memory as it is
+                    continue
                 size = region.sizes[region.chunks.index(chunk)]
                 made = self._device.keep(self._native.address_of(chunk), size)
                 with self._locked():
@@ -754,11 +825,12 @@ class Residency:
         """Under the lock."""
         if holding.closed:
             return Weighed(0, 0, 0, 0, {})
-        shared = own = 0
+        shared = own = offloaded = 0
         others: dict[int, int] = {}
         for digest in holding.addresses:
             entry = self._entries[digest]
             size = entry.wanted.mapped
+            offloaded += size if entry.region.on_host else 0
             if len(entry.users) > 1:
                 shared += size
                 for user in entry.users:
@@ -768,7 +840,7 @@ class Residency:
                 own += size
         pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
         missing = int(self._native.user(holding._number)["missing"])
-        return Weighed(shared, own, missing, pinned, others)
+        return Weighed(shared, own, missing, pinned, others, offloaded)
 
 
 def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
@@ -784,6 +856,10 @@ def _seal(path: Path, length: int) -> tuple[int, ...]:
     """What changes when somebody writes to a file."""
     status = path.stat()
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, length)
+
+
+def _layout_items(items: Iterable[Wanted]) -> list[layout.Item]:
+    return [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in items]
 
 
 def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:
