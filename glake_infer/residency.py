@@ -7,8 +7,9 @@ stays, and the next use brings the same bytes back to it.
 
 On the host a weight is a read-only mapping of the store's object, so the operating system holds its pages once for all
 processes. On a device weights are copied into memory of their own (glake_infer/layout.py says how they lie there), which
-is read-only once it is written. Some may be wanted on the host: then their memory is the machine's, the device reads it
-over its link, and it is none of the pool's budget. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
+is read-only once it is written. Some may be wanted on the host: then their memory is the machine's, which the device reads
+over its link, and none of the pool's budget. What a pool may take back by itself, and in which order, is in
+allocators/weights.hpp.
 
 Where the pool has a broker (glake_infer/sharing/) that memory is the machine's: the broker says how weights lie, and whoever
 needs a chunk first fills it for all processes.
@@ -288,6 +289,11 @@ class Residency:
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights may lie on the host: where they are copied, by no broker, and the device maps host memory."""
+        return self._copies and not self.share and self._native.granularity_on_host > 0
 
     def placed(self, digests: Iterable[str]) -> dict[str, bool]:
         """Of these weights those that stay where they are, because models have them: digest -> whether on the host."""
