@@ -312,7 +312,8 @@ class Residency:
         with self._locked():
             self._sweep()
             leaving = [region for item in items if (region := self._unneeded(item))]
-            missing, chunks = [], []
+            missing: list[Wanted] = []
+            chunks: list[int] = []
             for item in items:
                 entry = self._entries.get(item.digest)
                 if entry and entry.region not in leaving:
@@ -328,10 +329,10 @@ class Residency:
                 tail = self._tail_for(size, granule)
                 return self._tails.get(tail, 0)
 
-            for region in layout.plan(_layout_items(own), granule, self._twin_of, tail_for):
-                twin = self._twin_region(region.parted) if region.parted else None
-                for index, (chunk, same) in enumerate(zip(region.chunks, region.shared, strict=True)):
-                    if region.in_tail and index == 0:
+            for planned in layout.plan(_layout_items(own), granule, self._twin_of, tail_for):
+                twin = self._twin_region(planned.parted) if planned.parted else None
+                for index, (chunk, same) in enumerate(zip(planned.chunks, planned.shared, strict=True)):
+                    if planned.in_tail and index == 0:
                         chunks.append(tail)
                     elif twin and same is not None:
                         chunks.append(twin.chunks[same])
