@@ -759,13 +759,12 @@ Pool::Room Pool::room_for(std::span<const Weights::Id> chunks) {
     collect_graphs();
     flush_all();
   }
-  const Weights::Need need = resident_.need(chunks, evictable_now());
+  const Weights::Need need = resident_.need(chunks);
   const std::size_t used = debug_ ? debug_->active() : in_use();
   const std::size_t held = debug_ ? debug_->reserved() : chunks_.reserved();
   const std::size_t stays = used - std::min(used, need.evictable);
-  const std::size_t limit = limit_with(common_);
   const std::size_t device = plus(memory_->free_bytes(), held - std::min(held, stays));
-  return {need.missing, std::min(limit - std::min(limit, stays), device)};
+  return {need.missing, std::min(limit_ - std::min(limit_, stays), device)};
 }
 
 void Pool::give_back_idle() {

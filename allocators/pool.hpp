@@ -257,8 +257,9 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   std::size_t suspend(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] std::size_t granularity() const noexcept { return chunks_.granule(); }
   [[nodiscard]] std::size_t granularity_on_host() const noexcept { return memory_->granularity_on_host(); }
-  // What a use of these chunks would have to add to what the pool holds of the device, and what it could add: below
-  // limit and quota, and of what the device has, with all given back that may go and is none of these.
+  // Bytes of the device that a use of these chunks would add to what the pool holds, and how many it could: below the
+  // limit (a quota does not bind weights of a broker), and of what the device has, with all given back that is idle or
+  // may go, and is none of these.
   struct Room {
     std::size_t missing = 0;
     std::size_t room = 0;

@@ -646,16 +646,16 @@ std::size_t Weights::evictable(Which which) const noexcept {
   return bytes;
 }
 
-Weights::Need Weights::need(std::span<const Id> ids, Which which) const {
+Weights::Need Weights::need(std::span<const Id> ids) const {
   Need need;
-  need.evictable = evictable(which);
+  need.evictable = evictable(Which::all);
   std::set<Id> seen;
   for (const Id id : ids) {
     const Chunk& chunk = find(chunks_, id);
     if (chunk.on_host || !seen.insert(id).second) continue;
     if (chunk.state == State::absent) {
       need.missing = plus(need.missing, chunk.bytes);
-    } else if (chunk.state == State::resident && may_go(chunk) && (which == Which::all || !chunk.common())) {
+    } else if (chunk.state == State::resident && may_go(chunk)) {
       need.evictable -= chunk.bytes;
     }
   }

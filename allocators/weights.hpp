@@ -182,7 +182,7 @@ class Weights {
     std::size_t missing = 0;
     std::size_t evictable = 0;
   };
-  [[nodiscard]] Need need(std::span<const Id> chunks, Which which) const;
+  [[nodiscard]] Need need(std::span<const Id> chunks) const;
 
   [[nodiscard]] bool busy(Id user) const;
   // Whether a use of it takes, or keeps, memory that another could have.

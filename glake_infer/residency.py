@@ -304,8 +304,8 @@ class Residency:
     def room(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
         """Bytes of the device that weights would take which are not there yet, held and used now; and how many they could.
 
-        They could take what limit, quota and device leave when all is given back that is idle or may be evicted, and is
-        not wanted itself.
+        They could take what limit and device leave when all is given back that is idle or may be evicted, and is not
+        wanted itself. What a broker says of that is not asked.
         """
         items = list({item.digest: item for item in wanted}.values())
         granule, size = self._native.granularity, 0
