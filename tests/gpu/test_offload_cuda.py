@@ -45,7 +45,7 @@ def workshop(tmp_path_factory):
         places = [first, *(f"{last}_{name}" for name in names[:-1]), last]
         return [
             helper.make_node("MatMul", [a, name], [b])
-            for a, name, b in zip(places, names, places[1:], strict=True)
+            for a, name, b in zip(places[:-1], names, places[1:], strict=True)
         ]
 
     inner, layers = ["inner0", "inner1"], [f"layer{n}" for n in range(LAYERS)]
