@@ -320,7 +320,6 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
 
 void Weights::make_present(Chunk& chunk) {
   if (chunk.on_host) {
-    take(chunk, PhysicalMemory(memory_, memory_.create_on_host(chunk.bytes)), Access::read_write);
     chunk.state = State::loading;
     offloaded_ += chunk.bytes;
     return;
@@ -435,6 +434,10 @@ void Weights::take(Chunk& chunk, PhysicalMemory physical, Access access) {
 }
 
 void Weights::make(Id id) {
+  if (find(chunks_, id).on_host) {
+    Chunk& chunk = loading(id, Kind::memory);
+    return take(chunk, PhysicalMemory(memory_, memory_.create_on_host(chunk.bytes)), Access::read_write);
+  }
   Chunk& chunk = loading(id, Kind::shared);
   const auto create = [&] { return PhysicalMemory(memory_, memory_.create_shared(chunk.bytes)); };
   try {
@@ -685,7 +688,7 @@ void Weights::check_invariants() const {
   for (const auto& [id, chunk] : chunks_) {
     require(!chunk.places.empty(), "every chunk of weights has an address");
     require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical ||
-                (chunk.shared() && chunk.state == State::loading),
+                (chunk.made_later() && chunk.state == State::loading),
             "a chunk of weights has memory exactly while it is not absent");
     require(!chunk.on_host || chunk.kind == Kind::memory, "a chunk on the host has memory of its own");
     if (chunk.state == State::absent) continue;

@@ -125,7 +125,8 @@ class Weights {
   void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
-  // Gives a loading chunk of kind shared memory to be written to.
+  // Gives a loading chunk of kind shared, or one on the host, memory to be written to. (That of the host takes 0.6 s a
+  // GiB to page-lock: so others may do something between chunks.) Throws DriverError, DeviceFullError.
   void make(Id chunk);
   void unmake(Id chunk) noexcept;  // takes it back, if it was given
   // Nobody can write to it any more (loaded() does this to all others).
@@ -213,7 +214,9 @@ class Weights {
     [[nodiscard]] bool shared() const noexcept { return kind == Kind::shared; }
     // Whether its memory may be that of other processes too: a broker's, or a file's pages, which the system has once.
     [[nodiscard]] bool common() const noexcept { return kind != Kind::memory; }
-    // Whether something is mapped at its places. (A shared chunk that is loading has nothing at first.)
+    // Whether it gets its memory by make() or adopt(), when it is loading already.
+    [[nodiscard]] bool made_later() const noexcept { return shared() || on_host; }
+    // Whether something is mapped at its places. (What is made later has nothing at first.)
     [[nodiscard]] bool mapped() const noexcept { return kind == Kind::file ? state != State::absent : !!physical; }
     std::vector<User*> users;
     Fence fence = 0;  // of users that are gone

@@ -648,6 +648,8 @@ class Residency:
         """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
         try:
             if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
+                for chunk in self._on_host(own):
+                    self._native.make(chunk)
                 self._fill(holding, own)
                 self._native.loaded(holding._number, own)
             if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
@@ -659,6 +661,10 @@ class Residency:
                 why = str(error) if error.unreadable else None
                 raise AlteredObjectError(error.digest, error.path, why) from error
             raise
+
+    def _on_host(self, chunks: list[int]) -> list[int]:
+        with self._locked():
+            return [chunk for chunk in chunks if self._owners[chunk][0].on_host]
 
     def _verify_chunks(self, chunks: list[int]) -> None:
         """Check the files of a broker's chunks, which it checks where it is there."""

@@ -163,7 +163,11 @@ class Model:
         whole = "them" if not self._lookups else f"{format_bytes(read)} of them"
         rows = ", and some rows of the rest" if self._lookups else ""
         rate = self._residency.rate
-        cost = f", about {memory.reading * 1e3:.3g} ms at {rate / 1e9:.2g} GB/s" if memory.reading else ""
+        cost = (
+            f", about {memory.reading * 1e3:.3g} ms at the last load's {rate / 1e9:.2g} GB/s"
+            if memory.reading
+            else ""
+        )
         yield f"{said}: each run reads {whole} over PCIe{cost}{rows}"
 
     @property
