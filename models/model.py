@@ -177,6 +177,7 @@ class Model:
             return ModelMemory(0, 0, 0)
         weighed = self._holding.weigh()
         rate = self._residency.rate
+        read = max(0, weighed.offloaded - self._lookups)
         names: dict[str, int] = {}
         for number, size in weighed.shared_with.items():
             other = _by_number.get(number)
@@ -189,7 +190,7 @@ class Model:
             asleep=weighed.asleep,
             waking=0.0 if not weighed.asleep else weighed.asleep / rate if rate else None,
             offloaded=weighed.offloaded,
-            reading=None if not rate else max(0, weighed.offloaded - self._lookups) / rate,
+            reading=0.0 if not read else read / rate if rate else None,
             pinned=weighed.pinned,
             libraries=self._libraries,
             shared_with=dict(sorted(names.items())),

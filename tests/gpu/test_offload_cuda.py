@@ -142,7 +142,7 @@ def test_bytes_on_the_host_are_right_and_take_none_of_the_device(tmp_path, pool)
             cupy.get_default_memory_pool().free_all_blocks()
         assert holding.suspend() == stats.reserved + stats.offloaded
         assert (pool.stats().reserved, pool.stats().offloaded) == (0, 0)
-        assert before - free() <= 4 * MiB
+        assert before - free() <= 16 * MiB  # code of CuPy's kernels
     holding.close()
 
 
