@@ -52,9 +52,14 @@ namespace glake {
   F(mem_free, "cuMemFree_v2", CUresult (*)(CUdeviceptr))                                                           \
   F(mem_host_alloc, "cuMemHostAlloc", CUresult (*)(void**, std::size_t, unsigned))                                 \
   F(mem_host_free, "cuMemFreeHost", CUresult (*)(void*))                                                           \
+  F(mem_host_register, "cuMemHostRegister_v2", CUresult (*)(void*, std::size_t, unsigned))                         \
+  F(mem_host_unregister, "cuMemHostUnregister", CUresult (*)(void*))                                               \
+  F(can_access_peer, "cuDeviceCanAccessPeer", CUresult (*)(int*, CUdevice, CUdevice))                              \
   F(launch_host_func, "cuLaunchHostFunc", CUresult (*)(CUstream, CUhostFn, void*))                                 \
   F(memset_async, "cuMemsetD8Async", CUresult (*)(CUdeviceptr, unsigned char, std::size_t, CUstream))              \
   F(memcpy_dtoh_async, "cuMemcpyDtoHAsync_v2", CUresult (*)(void*, CUdeviceptr, std::size_t, CUstream))            \
+  F(memcpy_htod_async, "cuMemcpyHtoDAsync_v2", CUresult (*)(CUdeviceptr, const void*, std::size_t, CUstream))      \
+  F(memcpy_dtod_async, "cuMemcpyDtoDAsync_v2", CUresult (*)(CUdeviceptr, CUdeviceptr, std::size_t, CUstream))      \
   F(stream_create, "cuStreamCreate", CUresult (*)(CUstream*, unsigned))                                            \
   F(stream_destroy, "cuStreamDestroy_v2", CUresult (*)(CUstream))                                                  \
   F(stream_synchronize, "cuStreamSynchronize", CUresult (*)(CUstream))                                             \

@@ -19,6 +19,7 @@
 #include "native_devices.hpp"
 #include "native_errors.hpp"
 #include "native_parts.hpp"
+#include "native_transfers.hpp"
 #include "pool.hpp"
 #include "simulated_streams.hpp"
 
@@ -218,6 +219,7 @@ NB_MODULE(_native, module) {
   module.doc() = "The native core of glake_infer.allocators. Private: use glake_infer.Pool.";
   nb::register_exception_translator(glake::python::translate);
   bind_devices(module);
+  bind_transfers(module);
   bind_debug(module);
 
   nb::class_<Pool>(module, "Pool", "A pool of host memory of its own. The pool of a device is device_pool().")

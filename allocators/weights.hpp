@@ -125,8 +125,8 @@ class Weights {
   void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
-  // Gives a loading chunk of kind shared, or one on the host, memory to be written to. (That of the host takes 0.6 s a
-  // GiB to page-lock: so others may do something between chunks.) Throws DriverError, DeviceFullError.
+  // Gives a loading chunk of kind shared, or one on the host, memory to be written to. (That of the host takes long
+  // to page-lock: so others may do something between chunks.) Throws DriverError, DeviceFullError.
   void make(Id chunk);
   void unmake(Id chunk) noexcept;  // takes it back, if it was given
   // Nobody can write to it any more (loaded() does this to all others).

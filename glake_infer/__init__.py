@@ -39,8 +39,10 @@ _HOMES = {
     "Runtime": "models.runtime",
     "Store": "store",
     "StoreError": "allocators.errors",
+    "TransferSettings": "transfers.settings",
     "UnsupportedVersionError": "allocators.errors",
     "Value": "models.manifest",
+    "configure_transfers": "transfers.settings",
     "convert": "models.convert",
     "export": "models.export",
     "export_archive": "models.archive",
@@ -48,6 +50,7 @@ _HOMES = {
     "inspect": "models.inspect",
     "load": "models.load",
     "monitor": "models.status",
+    "transfer_settings": "transfers.settings",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
     from glake_infer.models.status import monitor
     from glake_infer.pool import Pool
     from glake_infer.store import Store
+    from glake_infer.transfers.settings import TransferSettings, configure_transfers, transfer_settings
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What device arrays and transfers need of the CUDA driver: streams, copies, pinned memory, whose a pointer is.
+"""What device arrays and models need of the CUDA driver: streams, copies, whose a pointer is.
 
 Through cuda-python, on the device's primary context, which ONNX Runtime and PyTorch use too. The context is current on
 the calling thread only inside these functions.
@@ -58,13 +58,6 @@ def new_stream(index: int) -> int:
         return int(_check("cuStreamCreate", driver.cuStreamCreate(flag), f"making a stream on cuda:{index}"))
 
 
-def destroy_stream(index: int, stream: int) -> None:
-    """Destroy a stream, whose work is still done. Raises DriverError."""
-    driver = _driver()
-    with _context(index):
-        _check("cuStreamDestroy", driver.cuStreamDestroy(stream), "destroying a stream")
-
-
 def queue_to_device(index: int, address: int, source: int, size: int, stream: int) -> None:
     """Queue a copy of `size` bytes from the host's address `source` to `address` on GPU `index`.
 
@@ -76,27 +69,12 @@ def queue_to_device(index: int, address: int, source: int, size: int, stream: in
         _check("cuMemcpyHtoDAsync", driver.cuMemcpyHtoDAsync(address, source, size, stream), what)
 
 
-def queue_to_host(index: int, target: int, address: int, size: int, stream: int) -> None:
-    """Queue a copy of `size` bytes at `address` on GPU `index` to the host's address `target`."""
-    driver = _driver()
-    with _context(index):
-        what = f"copying {size} bytes from cuda:{index} to the host"
-        _check("cuMemcpyDtoHAsync", driver.cuMemcpyDtoHAsync(target, address, size, stream), what)
-
-
 def allocate_pinned(index: int, size: int) -> int:
     """Return the address of `size` bytes of page-locked host memory (0.6 s for a GiB). Raises DriverError."""
     driver = _driver()
     with _context(index):
         what = f"page-locking {size} bytes of host memory (see `ulimit -l`, and what the machine has free)"
         return int(_check("cuMemHostAlloc", driver.cuMemHostAlloc(size, 0), what))
-
-
-def free_pinned(index: int, address: int) -> None:
-    """Give back what `allocate_pinned` returned; nothing queued may use it any more. Raises DriverError."""
-    driver = _driver()
-    with _context(index):
-        _check("cuMemFreeHost", driver.cuMemFreeHost(address), "giving page-locked memory back")
 
 
 def free_memory(index: int) -> int:
@@ -118,6 +96,17 @@ def uuid(index: int) -> str:
     )
 
 
+def pci_address(index: int) -> str:
+    """The address of GPU `index` on the PCI bus, as "0000:00:06.0". Raises DriverError."""
+    driver = _driver()
+    device, _ = _primary_context(index)
+    size = 32
+    text = _check(
+        "cuDeviceGetPCIBusId", driver.cuDeviceGetPCIBusId(size, device), f"asking where cuda:{index} is"
+    )
+    return bytes(text).split(b"\0")[0].decode()
+
+
 def compute_capability(index: int) -> tuple[int, int]:
     """Major and minor compute capability of GPU `index`. Raises DriverError."""
     driver = _driver()
@@ -128,19 +117,6 @@ def compute_capability(index: int) -> tuple[int, int]:
         result = driver.cuDeviceGetAttribute(attribute, device)
         found.append(int(_check("cuDeviceGetAttribute", result, f"asking what cuda:{index} is")))
     return found[0], found[1]
-
-
-@contextlib.contextmanager
-def captures_left_alone() -> Iterator[None]:
-    """Let this thread wait, and page-lock memory, inside the block without ending CUDA graph captures of others."""
-    driver = _driver()
-    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    result = driver.cuThreadExchangeStreamCaptureMode(relaxed)
-    before = _check("cuThreadExchangeStreamCaptureMode", result, "leaving captures alone")
-    try:
-        yield
-    finally:
-        driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def _driver() -> Any:

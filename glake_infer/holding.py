@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from glake_infer.allocators.errors import GlakeError
 from glake_infer.sharing.refusals import SupersededError
 from glake_infer.sharing.share import GaveWayError
+from glake_infer.transfers.device import Progress
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
@@ -25,6 +28,14 @@ SUPERSEDED = 5
 
 GIVING_WAY = (0.05, 0.15)
 """Seconds that a use that gave way stays away: between these, so that two do not meet again."""
+
+
+class TransferOptions(TypedDict):
+    """See glake_infer/transfers/device.py."""
+
+    priority: int
+    progress: Progress | None
+    cancelled: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Holding:
         addresses: dict[str, int],
         chunks: tuple[int, ...],
         host_copy: HostCopy,
+        priority: int = 0,
     ) -> None:
         """Use `Residency.hold`."""
         self._table = table
@@ -70,6 +82,10 @@ class Holding:
         self.addresses = addresses
         self.chunks = chunks
         self.host_copy = host_copy
+        self.priority = priority
+        self.progress: Progress | None = None
+        """Told how far a use's weights are."""
+        self._cancelled = threading.Event()
         self.regions: frozenset[Region] = frozenset()
         self.closed = False
         self._unclosed = threading.Lock()  # taken once and for all by close()
@@ -93,17 +109,11 @@ class Holding:
                 time.sleep(random.uniform(*GIVING_WAY))
             except SupersededError:
                 attempts -= 1
-        keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
-        if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
-            try:
-                table._fill_tails(self)
-                with self._keeping:
-                    if keeps and self._kept != (renewals := table._renewals):
-                        table._keep_copies(self)
-                        self._kept = renewals
-            except BaseException:
-                self.__exit__(None, None, None)
-                raise
+        try:
+            self._settle()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -113,6 +123,62 @@ class Holding:
         self._native.end_use(self._number)
         if self._closing:
             self.close()
+
+    @property
+    def transfer(self) -> TransferOptions:
+        """How its weights are brought: the arguments of a device's transfers."""
+        return {"priority": self.priority, "progress": self.progress, "cancelled": self._cancelled.is_set}
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A use whose weights may still be on their way inside the block, and are there when it has ended.
+
+        Their addresses have memory (on the host, they get it meanwhile), whose bytes nothing may read yet. Where the block
+        raises, what is on its way is stopped. Raises what a use does, at the beginning or the end.
+        """
+        table = self._table
+        if table.share or self._closing:  # a broker's weights come in several steps
+            with self:
+                yield
+            return
+        chunks = self._native.begin_use(self._number)
+        errors: list[BaseException] = []
+
+        def bring() -> None:
+            try:
+                table._bring(self, chunks)
+            except BaseException as error:
+                errors.append(error)
+
+        bringing = threading.Thread(target=bring, name="glake-infer weights", daemon=True)
+        if chunks:
+            bringing.start()
+        try:
+            try:
+                yield
+            except BaseException:
+                self._cancelled.set()
+                raise
+            finally:
+                _join(bringing)
+                self._cancelled.clear()
+            if errors:
+                raise errors[0]
+            self._settle()
+        finally:
+            if not errors:  # else the use has ended
+                self.__exit__(None, None, None)
+
+    def _settle(self) -> None:
+        """What a use does once its weights are there."""
+        table = self._table
+        keeps = self.host_copy == "pinned" and self._kept != table._renewals and table._copies
+        if keeps or (table._unfilled and not table._unfilled.keys().isdisjoint(self.chunks)):
+            table._fill_tails(self)
+            with self._keeping:
+                if keeps and self._kept != (renewals := table._renewals):
+                    table._keep_copies(self)
+                    self._kept = renewals
 
     def suspend(self) -> int:
         """Wait for uses in progress, then give back what no other awake holding needs; returns the bytes.
@@ -140,6 +206,7 @@ class Holding:
 
     def set_policy(self, *, evictable: bool, priority: int) -> None:
         """Let the pool take its memory while it is idle, lower priorities first, or do not."""
+        self.priority = priority
         if not self.closed:
             self._native.set_policy(self._number, evictable, priority)
 
@@ -160,3 +227,15 @@ class Holding:
             self.closed = True
             self._table._closing.append(self)
             self._table._give_back_closed(wait=wait)
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread that ends soon. Ctrl-C is for after that."""
+    interrupted: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted:
+        raise interrupted

@@ -9,6 +9,7 @@ from glake_infer.allocators.errors import InputError
 from glake_infer.allocators.pool import Pool as DevicePool
 from glake_infer.residency import Residency
 from glake_infer.sharing.address import address_of
+from glake_infer.transfers.device import CudaTransfers
 
 
 class Pool(DevicePool):
@@ -83,5 +84,6 @@ class Pool(DevicePool):
         Raises `PoolInUseError`, with the handle still open, while memory is handed out.
         """
         Residency.settle(self)
+        CudaTransfers.leave(self.device)
         super().close()
         Residency.leave(self)

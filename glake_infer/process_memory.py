@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from glake_infer.allocators.devices import cpu_memory
+
 MEMFD = "/memfd:glake"
 _HEADER = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ *(.*)$")
 
@@ -36,6 +38,15 @@ def release_unused_heap() -> None:
     """Ask the C library to give free heap pages back, so that two measurements can be compared."""
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Bytes that the machine could give without swapping (MemAvailable), or this control group's bound if that is less."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, cpu_memory())
+    return cpu_memory()
 
 
 def measure(pid: int | str = "self") -> ProcessMemory:

@@ -51,7 +51,8 @@ from glake_infer.sharing.refusals import AlteredError, BrokerGoneError
 from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
-from glake_infer.transfers import Device, Part, device_for
+from glake_infer.transfers.device import Device, Part, device_for
+from glake_infer.transfers.host_cache import host_cache
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
@@ -106,6 +107,8 @@ class _Copy:
     address: int
     size: int
     wanted: set[Hashable]
+    used: float
+    """When a holding was last brought back from it, or it was made."""
 
 
 @dataclass(eq=False)
@@ -169,7 +172,7 @@ class Residency:
         ] = {}  # chunk -> regions whose weights in it may not be there yet
         self._filling = threading.Lock()
         self._pinned: dict[int, _Copy] = {}  # by chunk
-        self._renewals = 0  # how many of them were dropped because they had become old
+        self._renewals = 0  # how many of them were dropped because others wrote to their chunks
         self._verified: dict[Path, tuple[int, ...]] = {}
         self._rate = 0.0  # bytes per second of the last load
         self._loads = (0, 0, 0.0)  # chunks, bytes, seconds, of all loads
@@ -266,7 +269,9 @@ class Residency:
                         entry.users[user] = entry.users.get(user, 0) + 1
                         entry.region.references += 1
                     addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
-                    holding = Holding(self, self._native, number, user, addresses, tuple(chunks), host_copy)
+                    holding = Holding(
+                        self, self._native, number, user, addresses, tuple(chunks), host_copy, priority
+                    )
                     holding.regions = frozenset(entry.region for entry in entries)
                     return holding
 
@@ -690,6 +695,7 @@ class Residency:
                 for chunk in chunks:
                     if kept := self._pinned.get(chunk):
                         kept.wanted.add(reader)  # so that nobody frees it meanwhile
+                        kept.used = start
                         borrowed.append((chunk, kept))
                         copies.append((native.address_of(chunk), kept.address, kept.size))
                         continue
@@ -712,9 +718,10 @@ class Residency:
                         native.map_weights(chunk, file.fileno(), part.size)
             else:
                 if copies:
-                    self._device.restore(copies)
+                    self._device.restore(copies, **holding.transfer)
                 if parts:
-                    self._device.load(parts)
+                    holding._kept = -1  # of those that come and go, the ones that came last have copies
+                    self._device.load(parts, **holding.transfer)
             for item in items:  # not while they were read, either
                 self._verify(item)
             with self._locked():
@@ -742,8 +749,8 @@ class Residency:
         if not kept.wanted:
             if self._pinned.get(chunk) is kept:
                 del self._pinned[chunk]
-            with contextlib.suppress(DriverError):
-                self._device.forget(kept.address)
+            self._device.forget(kept.address)
+            host_cache.give_back(kept.size)
 
     def _is_filled(self, chunk: int, region: Region) -> None:
         if region in (regions := self._unfilled.get(chunk, [])):
@@ -810,20 +817,46 @@ class Residency:
             raise AlteredObjectError(digest, error.filename, None if short else error.strerror) from error
 
     def _keep_copies(self, holding: Holding) -> None:
-        """Make page-locked copies of what a holding that is in use has, where there are none."""
+        """Make page-locked copies of what a holding that is in use has, where there are none and the budget allows it.
+
+        Copies that are older, and of other holdings, make room.
+        """
         with self._pinning:
-            for chunk in holding.chunks:
-                with self._locked():
+            missing: list[tuple[int, int]] = []
+            with self._locked():
+                now = time.perf_counter()
+                for chunk in holding.chunks:
                     if kept := self._pinned.get(chunk):
                         kept.wanted.add(holding)
+                        kept.used = now
                         continue
                     region = self._owners[chunk][0]
-                if region.on_host:  # the store has them, and this is host memory as it is
-                    continue
-                size = region.sizes[region.chunks.index(chunk)]
-                made = self._device.keep(self._native.address_of(chunk), size)
-                with self._locked():
-                    self._pinned[chunk] = _Copy(made, size, {holding})
+                    if region.on_host:  # the store has them, and this is host memory as it is
+                        continue
+                    missing.append((chunk, region.sizes[region.chunks.index(chunk)]))
+                self._drop_copies(host_cache.excess(sum(size for _, size in missing)), holding)
+            missing = [(chunk, size) for chunk, size in missing if host_cache.reserve(size)]
+            if not missing:
+                return
+            try:
+                made = self._device.keep([(self._native.address_of(chunk), size) for chunk, size in missing])
+            except BaseException:
+                host_cache.give_back(sum(size for _, size in missing))
+                raise
+            with self._locked():
+                for (chunk, size), address in zip(missing, made, strict=True):
+                    self._pinned[chunk] = _Copy(address, size, {holding}, now)
+
+    def _drop_copies(self, size: int, wanting: Holding) -> None:
+        """Free copies of other holdings, the longest unused first, until `size` bytes are free. Under the lock."""
+        oldest = sorted(self._pinned.items(), key=lambda item: item[1].used)
+        for chunk, kept in oldest:
+            if size <= 0:
+                return
+            if wanting not in kept.wanted and all(isinstance(who, Holding) for who in kept.wanted):
+                size -= kept.size
+                for who in list(kept.wanted):
+                    self._let_go(chunk, kept, who)
 
     def _weigh(self, holding: Holding, patience: float) -> Weighed:
         if self._lock.acquire(timeout=patience):

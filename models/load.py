@@ -44,6 +44,7 @@ from glake_infer.models.offload import (
     reads_of,
     refuse_with_broker,
 )
+from glake_infer.models.overlap import weights_may_come_later
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
@@ -52,6 +53,8 @@ from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import AlteredObjectError, Wanted
 from glake_infer.store import Store
+from glake_infer.transfers import timeline
+from glake_infer.transfers.device import Progress
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -83,6 +86,8 @@ def load(
     streams: Streams = "per run",
     offload: Offload = "none",
     headroom: int | str | None = None,
+    priority: int = 0,
+    progress: Progress | None = None,
 ) -> Model:
     """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
@@ -113,8 +118,9 @@ def load(
         models that are seldom run by several threads at once. `user_compute_stream` in provider_options names one too.
     host_copy
         On CUDA, what `Model.resume` brings weights back from: "store" reads the store's files again (page cache or
-        disk), and costs nothing; "pinned" keeps a page-locked copy, which takes as much memory of the host, 0.6 s for a
-        GiB to make at the load, and is as fast as the link. On the CPU both are the store's files.
+        disk), and costs nothing; "pinned" keeps a page-locked copy, which takes as much memory of the host, 0.1 s for a
+        GiB to make at the load, and is as fast as the links. `configure_transfers(host_cache=...)` bounds all copies
+        together: then the models that came last have theirs. On the CPU both are the store's files.
     offload
         On a GPU, which weights stay in page-locked memory of the host, from where each run that needs them reads them over
         the link: 55 GB/s at PCIe 5, a fraction of the GPU's own memory. "none"; "auto": what does not fit beside the
@@ -126,6 +132,10 @@ def load(
     headroom
         What "auto" leaves free for activations: bytes, or text such as "1GiB". None: 256 MiB, or 5 % of the limit if that
         is more.
+    priority
+        Of loads that go on at the same time, those of higher priority have the links first. It becomes `Model.priority`.
+    progress
+        Called with the bytes of weights that are on the GPU, and all that have to go there; in any thread.
 
     The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
     models); later ones, in any process, map the result. On CUDA every weight's bytes are checked and copied to the
@@ -173,6 +183,7 @@ def load(
         package = Package(Path(path), store)
         model = Model(package, place, sharing, host_copy, maps=maps_weights(place))
         model._offload, model._headroom = parsed, headroom_for(place.limit, headroom)
+        model._priority = priority
         package.check_present()
         variant = _variant(package, place, sharing)
         for attempt in itertools.count():
@@ -183,7 +194,7 @@ def load(
                 if configure:
                     configure(made)
                 with place.label(owner._label):
-                    _build_session(owner, prepared, made, providers, streams)
+                    _build_session(owner, prepared, made, providers, streams, progress)
 
             try:
                 make_session(model)
@@ -300,7 +311,12 @@ def captures_graphs(providers: list[Any]) -> bool:
 
 
 def _build_session(
-    model: Model, prepared: Prepared, options: ort.SessionOptions, providers: list[Any], streams: Streams
+    model: Model,
+    prepared: Prepared,
+    options: ort.SessionOptions,
+    providers: list[Any],
+    streams: Streams,
+    progress: Progress | None,
 ) -> None:
     runtime = import_onnxruntime()
     check_providers(runtime.get_available_providers(), providers)
@@ -314,16 +330,18 @@ def _build_session(
         priority=model._priority,
         host_copy=model.host_copy,
     )
+    holding.progress = progress
     stream = 0
+    later = not model._maps and weights_may_come_later(prepared.graph, providers)
     try:
-        with holding:
+        with holding.arriving() if later else holding, timeline.span("session", f"build {model.name}"):
             if prepared.optimized:
                 options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(model.package.store.root)
             )
             lean = model.sharing == "lean" and model._maps
-            options.add_session_config_entry("session.disable_prepacking", "1" if lean else "0")
+            options.add_session_config_entry("session.disable_prepacking", "1" if lean or later else "0")
             model._captures = captures_graphs(providers)
             own_stream = streams == "one" and not model._captures and not _names_a_stream(providers)
             if pool.device != "cpu" and own_stream:

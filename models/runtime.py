@@ -82,7 +82,7 @@ class Runtime:
         if taken := {"pool", "device"} & options.keys():
             raise InputError(f"Runtime.load takes no {sorted(taken)[0]!r}: its models run on its own pool.")
         options = {"host_copy": self.host_copy, "store": self._store, **options}
-        model = load(path, self.pool, **options)
+        model = load(path, self.pool, priority=priority, **options)
         model._join(self._gate, pin=pin, priority=priority)
         with self._lock:
             closed = self._closed

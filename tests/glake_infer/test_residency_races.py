@@ -130,11 +130,11 @@ def test_a_copy_that_is_read_is_not_given_back(pool, table, folder, monkeypatch)
         freed.add(copy)
         rf(copy)
 
-    def restore(copies):
+    def restore(copies, **options):
         keeper.close()  # as another thread may at this moment
         bad.extend(c for _, c, _ in copies if c in freed)
         if not bad:
-            rr(copies)
+            rr(copies, **options)
 
     monkeypatch.setattr(dev, "forget", forget, raising=False)
     monkeypatch.setattr(dev, "restore", restore, raising=False)
@@ -154,8 +154,8 @@ def test_a_copy_is_given_back_once(pool, table, folder, monkeypatch):
     forgotten = []
     monkeypatch.setattr(dev, "forget", lambda c: forgotten.append(c), raising=False)
 
-    def keep(address, size):
-        made = rk(address, size)
+    def keep(spans):
+        made = rk(spans)
         keeper.close()
         return made
 
@@ -173,8 +173,8 @@ def test_a_copy_has_what_was_written_while_it_was_made(pool, table, folder, monk
     rk = dev.keep
     guests = []
 
-    def keep(address, size):
-        made = rk(address, size)  # the copy's bytes are read
+    def keep(spans):
+        made = rk(spans)  # the copy's bytes are read
         if not guests:  # and only then another thread uses a model in the same granule
             guests.append(table.hold(b, 2))
             t = threading.Thread(target=check, args=(guests[0], b))
@@ -380,11 +380,11 @@ def test_a_close_in_the_middle_of_a_use_waits_for_its_end(pool, folder, table, m
     rk = table._device.keep
     gone = []
 
-    def keep(address, size):
+    def keep(spans):
         h.close()
         pool.trim()  # as another thread may
         gone.append(not pool.stats().reserved)
-        return 0 if gone[0] else rk(address, size)
+        return [0] if gone[0] else rk(spans)
 
     monkeypatch.setattr(table._device, "keep", keep, raising=False)
     try:

@@ -1,0 +1,320 @@
+"""What a residency asks for: bytes of files to a device, copies of a device's memory on the host, and back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from glake_infer.allocators.errors import DriverError
+from glake_infer.process_memory import available_memory
+from glake_infer.transfers import timeline
+from glake_infer.transfers.relays import Relays
+from glake_infer.transfers.settings import SLOT, TransferSettings, transfer_settings
+
+if TYPE_CHECKING:
+    from glake_infer.allocators import _native
+
+GAP = 4096
+"""Weights that are at most so far apart are copied at once, with zeros between them."""
+
+SEVERAL_PATHS = 16 << 20
+"""Bytes from which a transfer takes all paths: smaller ones are not faster by two (H200)."""
+
+LOOK = 0.05
+"""Seconds between two looks of who waits: at signals, and how far it is."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are there, and all of them."""
+
+_log = logging.getLogger("glake_infer")
+
+
+@dataclass(frozen=True)
+class Part:
+    """`size` bytes of a file from `offset`, to be at `address` of the device."""
+
+    path: Path
+    offset: int
+    size: int
+    address: int
+
+
+class CancelledError(Exception):
+    """A transfer was cancelled by the caller."""
+
+
+class Device(Protocol):
+    """Where bytes go. Each method may be called from several threads.
+
+    `priority`: transfers of higher ones come first. `progress` is called in the caller's thread. `cancelled` is asked
+    meanwhile; once it is true the transfer ends, with CancelledError. After any error, and Ctrl-C, nothing of the transfer
+    is queued any more, and some of the bytes may be there.
+    """
+
+    def load(
+        self,
+        parts: Sequence[Part],
+        *,
+        priority: int = 0,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Copy the parts; complete when this returns. Raises OSError (with the file's name) or DriverError."""
+
+    def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the address of a new copy, fast to restore from, of each (device address, bytes).
+
+        Nothing writes there meanwhile. Raises DriverError; then there are none.
+        """
+
+    def restore(
+        self,
+        copies: Sequence[tuple[int, int, int]],
+        *,
+        priority: int = 0,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Copy (device address, address of a kept copy, bytes) each; complete when this returns. Raises DriverError."""
+
+    def forget(self, copy: int) -> None:
+        """Give back what `keep` returned."""
+
+
+def device_for(name: str) -> Device:
+    """The transfers of a device by its canonical name."""
+    return HostTransfers.of_host() if name == "cpu" else CudaTransfers.of(int(name.removeprefix("cuda:")))
+
+
+class EngineTransfers:
+    """One device of an engine."""
+
+    def __init__(self, engine: _native.TransferEngine, target: int, *, in_place: bool = False) -> None:
+        """`in_place`: the device's memory is the process's own, so that files are read straight to it."""
+        self._engine = engine
+        self._target = target
+        self._in_place = in_place
+        self._settings: TransferSettings | None = None
+
+    def load(
+        self,
+        parts: Sequence[Part],
+        *,
+        priority: int = 0,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Read with several threads into page-locked buffers, and copy over the links that are free."""
+        if not parts:
+            return
+        settings = self._configure()
+        size = sum(part.size for part in parts)
+        numbers: dict[Path, int] = {}
+        named = [(numbers.setdefault(p.path, len(numbers)), p.offset, p.size, p.address) for p in parts]
+        transfer = self._engine.load(
+            self._target,
+            [os.fspath(path) for path in numbers],
+            named,
+            priority,
+            self._paths(size),
+            _around_cache(settings, size),
+            self._in_place,
+        )
+        self._finish(transfer, progress, cancelled)
+
+    def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Copy to page-locked memory."""
+        made: list[int] = []
+        try:
+            for _, size in spans:
+                made.append(self._engine.take_buffer(size)[0])
+            todo = [(copy, address, size) for copy, (address, size) in zip(made, spans, strict=True)]
+            size = sum(size for _, size in spans)
+            self._finish(self._engine.copy(self._target, False, todo, 0, self._paths(size)), None, None)
+        except BaseException:
+            for copy in made:
+                self._engine.give_buffer(copy)
+            raise
+        return made
+
+    def restore(
+        self,
+        copies: Sequence[tuple[int, int, int]],
+        *,
+        priority: int = 0,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Copy page-locked memory at the rate of the links."""
+        todo = [(copy, address, size) for address, copy, size in copies]
+        size = sum(size for _, _, size in copies)
+        transfer = self._engine.copy(self._target, True, todo, priority, self._paths(size))
+        self._finish(transfer, progress, cancelled)
+
+    def forget(self, copy: int) -> None:
+        """Give page-locked memory back."""
+        self._engine.give_buffer(copy)
+
+    def _paths(self, size: int) -> int:
+        """How many paths a transfer of so many bytes takes."""
+        del size
+        return 1
+
+    def _configure(self) -> TransferSettings:
+        """Let the engine know of settings that have changed."""
+        settings = transfer_settings()
+        if settings is not self._settings:
+            if self._settings is not None:
+                self._engine.set_options(settings.reader_count, SLOT, settings.in_flight, GAP)
+            self._settings = settings
+        return settings
+
+    def _finish(
+        self,
+        transfer: _native.Transfer,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        try:
+            while not transfer.wait(LOOK):
+                if progress:
+                    view = transfer.view()
+                    progress(view["done"], view["bytes"])
+                if cancelled and cancelled():
+                    transfer.cancel()
+        except BaseException:  # Ctrl-C
+            transfer.cancel()
+            _wait(transfer)
+            raise
+        view = transfer.view()
+        for lost in view["lost_links"]:
+            _log.warning("a path of transfers failed, and the others go on without it: %s", lost)
+        if view["read_error"]:
+            code, path, missing = view["read_error"]
+            raise OSError(code, os.strerror(code) if code else f"the file ends {missing} bytes early", path)
+        if view["link_error"]:
+            raise DriverError(view["link_error"])
+        if view["cancelled"]:
+            raise CancelledError
+        if progress:
+            progress(view["bytes"], view["bytes"])
+
+
+def _wait(transfer: _native.Transfer) -> None:
+    """Until it has ended, whatever comes."""
+    while True:
+        try:
+            while not transfer.wait(1):
+                pass
+            return
+        except KeyboardInterrupt:
+            continue
+
+
+def _around_cache(settings: TransferSettings, size: int) -> bool:
+    """Whether a load of so many bytes would only push itself out of the page cache."""
+    if settings.direct_io == "auto":
+        return size > available_memory() // 2
+    return settings.direct_io == "always"
+
+
+_ROWS = ("to the device", "to the host")
+
+
+def record_engine(engine: _native.TransferEngine) -> None:
+    """Let timelines show what an engine does."""
+    names: dict[int, str] = {}
+
+    def take() -> list[timeline.Named]:
+        found = []
+        events = engine.take_events()
+        for target in {event[2] for event in events}:
+            names.update({path["number"]: path["name"] for path in engine.paths(target)})
+        for read, who, _, transfer, start, end, size in events:
+            name = names.get(who // 2, f"path {who // 2}")
+            row = f"reader {who}" if read else f"link {name} {_ROWS[who % 2]}"
+            found.append((row, f"transfer {transfer}", start, end, size))
+        return found
+
+    timeline.add_source(engine.record, take)
+
+
+class HostTransfers(EngineTransfers):
+    """Memory of the process itself: for regions of copied weights on the host."""
+
+    _made: ClassVar[HostTransfers | None] = None
+    _making = threading.Lock()
+
+    @classmethod
+    def of_host(cls) -> HostTransfers:
+        """The process's one."""
+        with cls._making:
+            if cls._made is None or cls._made._process != os.getpid():
+                cls._made = cls()
+            return cls._made
+
+    def __init__(self) -> None:
+        """Use `of_host`."""
+        from glake_infer.allocators import _native
+
+        settings = transfer_settings()
+        engine = _native.TransferEngine.on_host(settings.reader_count, SLOT, settings.in_flight, GAP)
+        engine.add_host_path(0, "memory")
+        record_engine(engine)
+        super().__init__(engine, 0, in_place=True)
+        self._process = os.getpid()
+
+
+class CudaTransfers(EngineTransfers):
+    """Memory of one GPU. Buffers, threads and streams are kept for the next transfer."""
+
+    _made: ClassVar[dict[int, CudaTransfers]] = {}
+    _shared: ClassVar[_native.TransferEngine | None] = None
+    _making = threading.Lock()
+
+    def __init__(self, engine: _native.TransferEngine, index: int) -> None:
+        """Use `of`."""
+        super().__init__(engine, index)
+        engine.add_cuda_path(index)
+        self._relays = Relays(engine, index)
+
+    @classmethod
+    def of(cls, index: int) -> CudaTransfers:
+        """The one of GPU `index`. Raises DriverError."""
+        from glake_infer.allocators import _native
+
+        with cls._making:
+            if cls._shared is None:
+                settings = transfer_settings()
+                cls._shared = _native.TransferEngine.on_cuda(
+                    index, settings.reader_count, SLOT, settings.in_flight, GAP
+                )
+                record_engine(cls._shared)
+            if index not in cls._made:
+                cls._made[index] = cls(cls._shared, index)
+            return cls._made[index]
+
+    @classmethod
+    def engine(cls) -> _native.TransferEngine | None:
+        """The engine of all GPUs, once there is one."""
+        return cls._shared
+
+    @classmethod
+    def leave(cls, device: str) -> None:
+        """Give the buffers back that other GPUs' transfers have in this one's pool, before that is closed."""
+        for made in list(cls._made.values()):
+            made._relays.leave(device)
+
+    def _paths(self, size: int) -> int:
+        return 1 if size < SEVERAL_PATHS else 1 + self._relays.ready()
+
+
+def in_flight() -> dict[str, int]:
+    """Bytes of buffers between files and GPUs: allocated, in use, the most ever in use; and whether all are locked."""
+    engine = CudaTransfers.engine()
+    return engine.memory() if engine else {"allocated": 0, "in_use": 0, "peak": 0, "locked": True}
