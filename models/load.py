@@ -584,7 +584,7 @@ def check_providers(got: Sequence[str], wanted: Sequence[Any]) -> None:
         )
 
 
-def _with_session(error: OutOfMemoryError, own: int, hint: str) -> OutOfMemoryError:
+def _with_session(error: OutOfMemoryError, own: int, hint: str = "") -> OutOfMemoryError:
     """The pool's refusal, with a limit that would do for what the session needs beside its weights too, and a hint."""
     return OutOfMemoryError(
         requested=error.requested,
