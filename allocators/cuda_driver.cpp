@@ -199,9 +199,9 @@ CudaContext::~CudaContext() {
   report(driver.primary_ctx_release(device_), "letting go of the primary context (cuDevicePrimaryCtxRelease)", 0);
 }
 
-bool CudaContext::has(CUdevice_attribute attribute) const noexcept {
+int CudaContext::value(CUdevice_attribute attribute, int otherwise) const noexcept {
   int value = 0;
-  return driver.device_get_attribute(&value, attribute, device_) == CUDA_SUCCESS && value != 0;
+  return driver.device_get_attribute(&value, attribute, device_) == CUDA_SUCCESS ? value : otherwise;
 }
 
 void CudaContext::fail(CUresult result, const char* attempt, std::size_t bytes) const {

@@ -122,7 +122,9 @@ class CudaContext {
   [[nodiscard]] CUcontext handle() const noexcept { return context_; }
   // "cuda:0 (NVIDIA H100 80GB HBM3)".
   [[nodiscard]] const std::string& name() const noexcept { return name_; }
-  [[nodiscard]] bool has(CUdevice_attribute attribute) const noexcept;
+  [[nodiscard]] bool has(CUdevice_attribute attribute) const noexcept { return value(attribute, 0) != 0; }
+  // `otherwise` where the driver does not know it.
+  [[nodiscard]] int value(CUdevice_attribute attribute, int otherwise) const noexcept;
 
   // Throws DriverError for a result that is not success, with this device, and its memory if that ran out.
   void check(CUresult result, const char* attempt, std::size_t bytes = 0) const {

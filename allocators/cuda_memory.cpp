@@ -2,9 +2,26 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 
 namespace glake {
+namespace {
+
+// By number: headers before CUDA 12.2 do not name them.
+constexpr auto maps_host_memory =
+    static_cast<CUdevice_attribute>(141);  // HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+constexpr auto host_numa_id = static_cast<CUdevice_attribute>(134);
+constexpr auto host_numa = static_cast<CUmemLocationType>(3);
+
+CUmemAccess_flags flags_of(Access access) {
+  return access == Access::none        ? CU_MEM_ACCESS_FLAGS_PROT_NONE
+         : access == Access::read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ
+                                       : CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+}
+
+}  // namespace
 
 CudaMemory::CudaMemory(int device)
     : context_(std::make_shared<const CudaContext>(device)),
@@ -22,6 +39,15 @@ CudaMemory::CudaMemory(int device)
   const CurrentContext current(*context_);
   context_->check(driver_.mem_granularity(&granularity_, &properties_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
                   "asking for the granularity of memory (cuMemGetAllocationGranularity)");
+  if (context_->has(maps_host_memory)) {
+    properties_on_host_.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties_on_host_.location.type = host_numa;
+    properties_on_host_.location.id = std::max(0, context_->value(host_numa_id, 0));
+    if (driver_.mem_granularity(&granularity_on_host_, &properties_on_host_, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED) !=
+        CUDA_SUCCESS) {
+      granularity_on_host_ = 0;
+    }
+  }
   context_->check(driver_.stream_create(&private_stream_, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
   (void)streams_.own_stream();  // once the device is full there would be no memory for it
 }
@@ -41,7 +67,7 @@ std::size_t CudaMemory::free_bytes() const noexcept {
 Address CudaMemory::do_reserve(std::size_t bytes) {
   const CurrentContext current(*context_);
   CUdeviceptr address = 0;
-  context_->check(driver_.mem_address_reserve(&address, bytes, granularity_, 0, 0),
+  context_->check(driver_.mem_address_reserve(&address, bytes, std::max(granularity_, granularity_on_host_), 0, 0),
                   "reserving address space (cuMemAddressReserve)", bytes);
   return address;
 }
@@ -81,6 +107,29 @@ ChunkHandle CudaMemory::do_create_shared(std::size_t bytes) {
   return made;
 }
 
+ChunkHandle CudaMemory::do_create_on_host(std::size_t bytes) {
+  const auto attempt = [&] {
+    return "creating " + std::to_string(bytes) + " bytes of host memory for " + context_->name() + " (cuMemCreate)";
+  };
+  if (granularity_on_host_ == 0) {
+    throw DriverError(attempt() +
+                      " failed: the device, or its driver, does not map memory of the host by NUMA nodes "
+                      "(CU_DEVICE_ATTRIBUTE_HOST_NUMA_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED). Install a newer driver, or "
+                      "keep all weights on the device: offload=\"none\".");
+  }
+  const CurrentContext current(*context_);
+  CUmemGenericAllocationHandle handle = 0;
+  const CUresult result = driver_.mem_create(&handle, bytes, &properties_on_host_, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {  // not of the device: nothing that the pool gives back would help
+    throw DriverError(attempt() + " failed: " + driver_.describe(result) + ". NUMA node " +
+                      std::to_string(properties_on_host_.location.id) +
+                      " of the machine, or this process's control group, has no memory left that could be page-locked. "
+                      "End other processes, raise the group's limit, or keep fewer weights on the host (offload).");
+  }
+  if (result != CUDA_SUCCESS) driver_.fail(attempt(), result);
+  return {handle, bytes, -1, true};
+}
+
 ChunkHandle CudaMemory::do_adopt(int descriptor, std::size_t bytes) {
   const CurrentContext current(*context_);
   CUmemGenericAllocationHandle handle = 0;
@@ -101,7 +150,7 @@ void CudaMemory::do_map(Address address, ChunkHandle handle, Access access) {
   context_->check(driver_.mem_map(address, handle.bytes, 0, handle.value, 0), "mapping device memory (cuMemMap)",
                   handle.bytes);
   try {
-    do_protect(address, handle.bytes, access);
+    set_access(address, handle.bytes, flags_of(access), handle.on_host);
   } catch (...) {
     do_unmap(address, handle.bytes);
     throw;
@@ -115,21 +164,22 @@ void CudaMemory::do_unmap(Address address, std::size_t bytes) noexcept {
 
 void CudaMemory::do_protect(Address address, std::size_t bytes, Access access) {
   const CurrentContext current(*context_);
-  set_access(address, bytes,
-             access == Access::none        ? CU_MEM_ACCESS_FLAGS_PROT_NONE
-             : access == Access::read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ
-                                           : CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+  set_access(address, bytes, flags_of(access), false);
 }
 
 void CudaMemory::do_freeze(ChunkHandle handle, std::span<const Address> addresses) {
-  for (const Address address : addresses) do_protect(address, handle.bytes, Access::read_only);
+  const CurrentContext current(*context_);
+  for (const Address address : addresses) {
+    set_access(address, handle.bytes, CU_MEM_ACCESS_FLAGS_PROT_READ, handle.on_host);
+  }
 }
 
-void CudaMemory::set_access(Address address, std::size_t bytes, CUmemAccess_flags access) {
-  CUmemAccessDesc description{};
-  description.location = properties_.location;
-  description.flags = access;
-  context_->check(driver_.mem_set_access(address, bytes, &description, 1),
+void CudaMemory::set_access(Address address, std::size_t bytes, CUmemAccess_flags access, bool of_host) {
+  std::array<CUmemAccessDesc, 2> both{};
+  both[0].location = properties_.location;
+  both[1].location = properties_on_host_.location;  // the processor's
+  for (CUmemAccessDesc& each : both) each.flags = access;
+  context_->check(driver_.mem_set_access(address, bytes, both.data(), of_host ? 2 : 1),
                   "setting the access to device memory (cuMemSetAccess)", bytes);
 }
 

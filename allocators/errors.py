@@ -64,7 +64,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
     `limit`, `device_free`; `needed_limit`, the smallest limit with which this request would have
     passed; `holders`, who holds memory, as (label, tag, bytes as asked for), the largest first;
     `device_full`, whether the limit had room but the device had none; `refusal`, what a broker said that had no
-    more room for this process. For a request of ONNX
+    more room for this process; `hint`, what else would do. For a request of ONNX
     Runtime's `sequence` numbers the failures of this process from 1 on, and `thread` is the native id
     of the thread that asked; else both are 0.
     """
@@ -82,6 +82,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         holders: Iterable[tuple[str, str, int]],
         device_full: bool = False,
         refusal: str = "",
+        hint: str = "",
     ) -> None:
         self.requested = requested
         self.active = active
@@ -93,6 +94,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
         self.holders = [(label, tag, size) for label, tag, size in holders]
         self.device_full = device_full
         self.refusal = refusal
+        self.hint = hint
         self.sequence = 0
         self.thread = 0
         largest = [
@@ -114,14 +116,14 @@ class OutOfMemoryError(GlakeError, MemoryError):
             f"limit of {format_bytes(limit)}, of which {format_bytes(active)} are active "
             f"({', '.join(largest) or 'nothing'}); "
             f"{format_bytes(idle)} more are idle and were of no use; the device has "
-            f"{format_bytes(device_free)} free. {remedy}"
+            f"{format_bytes(device_free)} free. {remedy}{' ' if hint else ''}{hint}"
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
         names = (
             "requested", "active", "idle", "reserved", "limit", "needed_limit", "device_free", "holders",
-            "device_full", "refusal",
+            "device_full", "refusal", "hint",
         )  # fmt: skip
         again = partial(type(self), **{name: getattr(self, name) for name in names})
         return again, (), {"sequence": self.sequence, "thread": self.thread}

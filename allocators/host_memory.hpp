@@ -32,6 +32,7 @@ class HostMemory final : public VirtualMemory {
   ~HostMemory() override;
 
   [[nodiscard]] std::size_t granularity() const noexcept override { return granule; }
+  [[nodiscard]] std::size_t granularity_on_host() const noexcept override { return granule; }
   [[nodiscard]] std::size_t free_bytes() const noexcept override;
 
  private:
@@ -39,6 +40,7 @@ class HostMemory final : public VirtualMemory {
   void do_release(Address address, std::size_t bytes) noexcept override;
   ChunkHandle do_create(std::size_t bytes) override;
   ChunkHandle do_create_shared(std::size_t bytes) override;
+  ChunkHandle do_create_on_host(std::size_t bytes) override { return do_create(bytes); }
   ChunkHandle do_adopt(int descriptor, std::size_t bytes) override;
   void do_destroy(ChunkHandle handle) noexcept override;
   void do_map(Address address, ChunkHandle handle, Access access) override;

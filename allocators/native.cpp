@@ -79,6 +79,7 @@ nb::dict stats(Pool& pool) {
   fields["mapped_files"] = stats.mapped_files;
   fields["unused_weights"] = stats.unused_weights;
   fields["shared"] = stats.shared;
+  fields["offloaded"] = stats.offloaded;
   fields["allocations"] = stats.allocations;
   fields["deallocations"] = stats.deallocations;
   fields["chunks"] = stats.chunks;
@@ -142,6 +143,7 @@ nb::dict user(const Pool& pool, Weights::Id id) {
   nb::dict fields;
   fields["bytes"] = view.bytes;
   fields["missing"] = view.missing;
+  fields["missing_on_host"] = view.missing_on_host;
   fields["busy"] = view.busy;
   fields["awake"] = view.awake;
   fields["evictable"] = view.evictable;
@@ -258,15 +260,15 @@ NB_MODULE(_native, module) {
       .def(
           "place_weights",
           [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id, bool>>& pieces,
-             const std::string& kind) {
+             const std::string& kind, bool on_host) {
             std::vector<Weights::Piece> parsed;
             for (const auto& [bytes, requested, shared, adds] : pieces) {
-              parsed.push_back({bytes, requested, shared, adds});
+              parsed.push_back({bytes, requested, shared, adds, on_host});
             }
             const auto place = self.place_weights(parsed, parse_kind(kind));
             return std::make_tuple(place.region, place.address, place.chunks);
           },
-          "pieces"_a, "kind"_a,
+          "pieces"_a, "kind"_a, "on_host"_a = false,
           "(bytes, bytes of weights in it, a chunk to share or 0, whether beside others' weights) each.", Unlocked())
       .def("remove_region", &Pool::remove_region, "region"_a, Unlocked())
       .def("resident_in", &Pool::resident_in, "region"_a, Unlocked())
@@ -333,6 +335,14 @@ NB_MODULE(_native, module) {
           "suspend", [](Pool& self, Weights::Id user) { return self.suspend(user, &check_signals); }, "user"_a,
           Unlocked())
       .def_prop_ro("granularity", &Pool::granularity)
+      .def_prop_ro("granularity_on_host", &Pool::granularity_on_host, "0 where the device maps no memory of the host.")
+      .def(
+          "room_for",
+          [](Pool& self, const std::vector<Weights::Id>& chunks) {
+            const Pool::Room found = self.room_for(chunks);
+            return std::make_pair(found.missing, found.room);
+          },
+          "chunks"_a, "(bytes that are missing, bytes that there is room for).", Unlocked())
       .def("trim", &Pool::trim, "target"_a = 0, Unlocked())
       .def("set_limit", &Pool::set_limit, "limit"_a, Unlocked())
       .def("expect_captures", &Pool::expect_captures, "on"_a, Unlocked())

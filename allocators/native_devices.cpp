@@ -108,6 +108,7 @@ void bind_devices(nb::module_& module) {
 
   nb::class_<VirtualMemory>(module, "VirtualMemory", "For tests: a device's memory, call by call.")
       .def_prop_ro("granularity", &VirtualMemory::granularity)
+      .def_prop_ro("granularity_on_host", &VirtualMemory::granularity_on_host)
       .def_prop_ro("free_bytes", &VirtualMemory::free_bytes)
       .def_prop_ro("calls", &VirtualMemory::calls)
       .def("reserve", &VirtualMemory::reserve, "size"_a, Unlocked())
@@ -115,6 +116,9 @@ void bind_devices(nb::module_& module) {
       .def(
           "create", [](VirtualMemory& self, std::size_t bytes) { return self.create(bytes).value; }, "size"_a,
           Unlocked())
+      .def(
+          "create_on_host", [](VirtualMemory& self, std::size_t bytes) { return self.create_on_host(bytes).value; },
+          "size"_a, Unlocked())
       .def(
           "create_shared",
           [](VirtualMemory& self, std::size_t bytes) {

@@ -694,6 +694,7 @@ std::size_t Pool::trim(std::size_t target) {
   const std::size_t reserved = chunks_.reserved();
   std::size_t given_back = reserved > target ? chunks_.give_back(reserved - target, false) : 0;
   if (reserved - given_back > target) given_back += resident_.drop_unused(reserved - given_back - target);
+  resident_.drop_unused_on_host();
   verify();
   return given_back;
 }
@@ -750,6 +751,20 @@ std::size_t Pool::excess(std::size_t bytes, std::size_t common) {
     flush_all();
   }
   return over();
+}
+
+Pool::Room Pool::room_for(std::span<const Weights::Id> chunks) {
+  const Operation operation(*this);
+  if (!debug_) {
+    collect_graphs();
+    flush_all();
+  }
+  const Weights::Need need = resident_.need(chunks);
+  const std::size_t used = debug_ ? debug_->active() : in_use();
+  const std::size_t held = debug_ ? debug_->reserved() : chunks_.reserved();
+  const std::size_t stays = used - std::min(used, need.evictable);
+  const std::size_t device = plus(memory_->free_bytes(), held - std::min(held, stays));
+  return {need.missing, std::min(limit_ - std::min(limit_, stays), device)};
 }
 
 void Pool::give_back_idle() {
@@ -863,7 +878,8 @@ std::vector<Weights::Id> Pool::begin_use_once(Weights::Id user, bool later, cons
       } catch (const DeviceFullError&) {
         if (mine != waiters_.end()) leave();
         const Weights::UserView view = resident_.view(user);
-        throw_out_of_memory(view.missing, nullptr, view.missing, true);
+        const std::size_t missing = view.missing - view.missing_on_host;
+        throw_out_of_memory(missing, nullptr, missing, true);
       } catch (...) {
         if (mine != waiters_.end()) leave();
         throw;
@@ -1043,6 +1059,7 @@ PoolStats Pool::stats() {
   stats.weights = file_bytes_;
   stats.mapped_files = file_bytes_ + resident_.files();
   stats.unused_weights = resident_.reserved() - resident_.active();
+  stats.offloaded = resident_.offloaded();
   stats.allocations = allocations_;
   stats.deallocations = deallocations_;
   stats.chunks = chunks_.all().size();

@@ -121,6 +121,7 @@ struct PoolStats {
   std::size_t mapped_files = 0;     // the part of weights that is files
   std::size_t unused_weights = 0;   // the part of idle that is weights which no model has any more
   std::size_t shared = 0;           // the part of reserved that is common
+  std::size_t offloaded = 0;        // weights in memory of the host: not part of reserved
   std::uint64_t allocations = 0;    // calls that succeeded
   std::uint64_t deallocations = 0;  // calls that succeeded
   std::size_t chunks = 0;           // count
@@ -256,6 +257,15 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   // Waits until the user is not busy; uses that begin meanwhile wait until it is suspended, and then load it again.
   std::size_t suspend(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] std::size_t granularity() const noexcept { return chunks_.granule(); }
+  [[nodiscard]] std::size_t granularity_on_host() const noexcept { return memory_->granularity_on_host(); }
+  // Bytes of the device that a use of these chunks would add to what the pool holds, and how many it could: below the
+  // limit (a quota does not bind weights of a broker), and of what the device has, with all given back that is idle or
+  // may go, and is none of these.
+  struct Room {
+    std::size_t missing = 0;
+    std::size_t room = 0;
+  };
+  [[nodiscard]] Room room_for(std::span<const Weights::Id> chunks);
 
   // Gives idle chunks back to the system until at most `target` bytes are reserved, or none is idle, and then weights
   // that no model has any more. Waits for the device where work may still touch them. Returns the bytes given back.

@@ -59,6 +59,8 @@ class PoolStats:
             needed.
         shared: the part of `reserved` that other processes may have too, and that is there once for all of them:
             weights in a broker's memory, and mapped files.
+        offloaded: weights in memory of the host that the device reads over its link (`gi.load(..., offload=)`): beside
+            `reserved`, and not bounded by `limit`.
         allocations: count of successful allocations.
         deallocations: count of successful deallocations.
         chunks: count of pieces of physical memory.
@@ -82,6 +84,7 @@ class PoolStats:
     mapped_files: int
     unused_weights: int
     shared: int
+    offloaded: int
     allocations: int
     deallocations: int
     chunks: int
@@ -528,8 +531,8 @@ class Pool:
                 return
             try:
                 stats = self.stats()
-                if stats.active:
-                    error = PoolInUseError.close(stats.active, stats.weights)
+                if used := stats.active + stats.offloaded:
+                    error = PoolInUseError.close(used, stats.weights + stats.offloaded)
                     if self._debug:
                         from . import debugging
 

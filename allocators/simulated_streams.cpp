@@ -359,6 +359,7 @@ class SimulatedDevice final : public VirtualMemory {
   ~SimulatedDevice() override = default;
 
   [[nodiscard]] std::size_t granularity() const noexcept override { return host_.granularity(); }
+  [[nodiscard]] std::size_t granularity_on_host() const noexcept override { return host_.granularity_on_host(); }
   [[nodiscard]] std::size_t free_bytes() const noexcept override { return host_.free_bytes(); }
   [[nodiscard]] StreamOrder* streams() noexcept override { return streams_.get(); }
 
@@ -367,6 +368,7 @@ class SimulatedDevice final : public VirtualMemory {
   void do_release(Address address, std::size_t bytes) noexcept override { host_.release(address, bytes); }
   ChunkHandle do_create(std::size_t bytes) override { return host_.create(bytes); }
   ChunkHandle do_create_shared(std::size_t bytes) override { return host_.create_shared(bytes); }
+  ChunkHandle do_create_on_host(std::size_t bytes) override { return host_.create_on_host(bytes); }
   ChunkHandle do_adopt(int descriptor, std::size_t bytes) override { return host_.adopt(descriptor, bytes); }
   void do_destroy(ChunkHandle handle) noexcept override { host_.destroy(handle); }
   void do_map(Address address, ChunkHandle handle, Access access) override { host_.map(address, handle, access); }

@@ -6,7 +6,8 @@
 // driver's virtual memory management).
 //
 // Contract
-// - Sizes and addresses are multiples of granularity(); of ranges for files, of a page.
+// - Sizes and addresses are multiples of granularity(); of memory on the host, of granularity_on_host(); of ranges for
+//   files, of a page.
 // - A call that fails throws DriverError and has changed nothing.
 // - The calls that give back (release, destroy, unmap) never throw: they run while errors unwind.
 // - Calls come from one thread at a time (the pool holds its lock).
@@ -36,7 +37,8 @@ using Address = std::uintptr_t;
 struct ChunkHandle {
   std::uint64_t value = 0;
   std::size_t bytes = 0;
-  int descriptor = -1;  // of memory that processes share: it belongs to the handle (host: a memfd of its own)
+  int descriptor = -1;   // of memory that processes share: it belongs to the handle (host: a memfd of its own)
+  bool on_host = false;  // memory of the host for a device: the process reads and writes it at the device's address too
 };
 
 enum class Access { none, read_only, read_write };
@@ -77,10 +79,13 @@ class VirtualMemory {
   // The smallest range that can be mapped, in bytes; a power of two.
   [[nodiscard]] virtual std::size_t granularity() const noexcept = 0;
 
+  // The same of memory on the host (create_on_host()); 0 where the device cannot have any.
+  [[nodiscard]] virtual std::size_t granularity_on_host() const noexcept = 0;
+
   // Bytes that the device could still give, to the best of its knowledge. For error messages.
   [[nodiscard]] virtual std::size_t free_bytes() const noexcept = 0;
 
-  // Reserves an address range, aligned to granularity(), with nothing behind it.
+  // Reserves an address range, aligned to granularity() and granularity_on_host(), with nothing behind it.
   [[nodiscard]] Address reserve(std::size_t bytes) {
     count("reserve", bytes);
     return do_reserve(bytes);
@@ -99,6 +104,12 @@ class VirtualMemory {
   [[nodiscard]] ChunkHandle create_shared(std::size_t bytes) {
     count("create_shared", bytes);
     return do_create_shared(bytes);
+  }
+  // Creates physical memory of the machine that the device reads and writes over its link: it takes none of the
+  // device's. A multiple of granularity_on_host().
+  [[nodiscard]] ChunkHandle create_on_host(std::size_t bytes) {
+    count("create_on_host", bytes);
+    return do_create_on_host(bytes);
   }
   // Physical memory of exactly that size that another process created and froze. The descriptor becomes the handle's;
   // after an error it is still the caller's.
@@ -177,6 +188,7 @@ class VirtualMemory {
   virtual void do_release(Address address, std::size_t bytes) noexcept = 0;
   virtual ChunkHandle do_create(std::size_t bytes) = 0;
   virtual ChunkHandle do_create_shared(std::size_t bytes) = 0;
+  virtual ChunkHandle do_create_on_host(std::size_t bytes) = 0;
   virtual ChunkHandle do_adopt(int descriptor, std::size_t bytes) = 0;
   virtual void do_destroy(ChunkHandle handle) noexcept = 0;
   virtual void do_map(Address address, ChunkHandle handle, Access access) = 0;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -36,6 +37,9 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
   std::size_t total = 0;
   for (const Piece& piece : pieces) {
     total = plus(total, piece.bytes);
+    if (piece.on_host && kind != Kind::memory) {
+      throw InvalidPointer("a chunk on the host has memory of its own: its kind is memory");
+    }
     if (piece.shared == 0) continue;
     const Chunk& chunk = find(chunks_, piece.shared);
     if (chunk.kind != kind || kind == Kind::file || chunk.bytes != piece.bytes) {
@@ -47,7 +51,10 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
   placement.chunks.reserve(pieces.size());
   const Id number = placement.region = ++last_;
   // A rest of a granule would be one more mapping beside each file's.
-  const std::size_t step = kind == Kind::file ? page : memory_.granularity();
+  std::size_t step = kind == Kind::file ? page : memory_.granularity();
+  if (std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) { return piece.on_host; })) {
+    step = std::max(step, memory_.granularity_on_host());
+  }
   Region& region = regions_.emplace(number, Region{AddressRange(memory_, round_up(total, step)), {}, {}}).first->second;
   Address address = placement.address = region.range.address();
   try {
@@ -62,6 +69,7 @@ Weights::Placement Weights::place(std::span<const Piece> pieces, Kind kind, std:
         chunk.bytes = piece.bytes;
         chunk.requested = piece.requested;
         chunk.holder = holder;
+        chunk.on_host = piece.on_host;
         chunk.last_use = Clock::now();
       }
       if (kind == Kind::shared) gone_.reserve(gone_.size() + 2 * chunks_.size());
@@ -148,7 +156,7 @@ std::size_t Weights::requested_of(const Chunk& chunk) const noexcept {
 }
 
 void Weights::request(Chunk& chunk, std::size_t bytes) {
-  if (chunk.state != State::absent && !chunk.users.empty()) {
+  if (chunk.state != State::absent && !chunk.users.empty() && !chunk.on_host) {
     budget_.activate(0, bytes, chunk.holder);
     budget_.deactivate(0, chunk.requested, chunk.holder);
     requested_ += bytes;
@@ -214,6 +222,7 @@ void Weights::remove_user(Id id) {
     if (chunk->users.empty() && chunk->state != State::absent) deactivate(*chunk);
   }
   users_.erase(id);
+  drop_unused_on_host();
 }
 
 void Weights::set_policy(Id id, bool evictable, int priority) {
@@ -227,7 +236,9 @@ Weights::UserView Weights::view(Id id) const {
   UserView view;
   for (const Chunk* chunk : user.chunks) {
     view.bytes += chunk->bytes;
-    if (chunk->state != State::resident) view.missing += chunk->bytes;
+    if (chunk->state == State::resident) continue;
+    view.missing += chunk->bytes;
+    if (chunk->on_host) view.missing_on_host += chunk->bytes;
   }
   view.busy = user.busy;
   view.awake = user.awake;
@@ -262,6 +273,7 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id, bool later) {
       if (chunk->state == State::loading) return std::nullopt;
       if (chunk->state != State::absent) continue;
       absent.push_back(chunk);
+      if (chunk->on_host) continue;
       bytes = plus(bytes, chunk->bytes);
       if (chunk->common()) common = plus(common, chunk->bytes);
     }
@@ -307,6 +319,11 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id, bool later) {
 }
 
 void Weights::make_present(Chunk& chunk, bool later) {
+  if (chunk.on_host) {
+    chunk.state = State::loading;
+    offloaded_ += chunk.bytes;
+    return;
+  }
   while (!budget_.reserve(chunk.bytes, chunk.common())) {
     const Which which = budget_.quota_binds(chunk.common() ? chunk.bytes : 0) ? Which::own : Which::all;
     if (evict(chunk.bytes, which) == 0) throw NoRoom{chunk.bytes};
@@ -329,6 +346,7 @@ void Weights::make_present(Chunk& chunk, bool later) {
 
 PhysicalMemory Weights::create(const Chunk& chunk) {
   if (chunk.shared()) return PhysicalMemory(memory_, memory_.create_shared(chunk.bytes));
+  if (chunk.on_host) return PhysicalMemory(memory_, memory_.create_on_host(chunk.bytes));
   try {
     return PhysicalMemory(memory_, chunk.bytes);
   } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
@@ -361,12 +379,17 @@ void Weights::make_absent(Chunk& chunk, bool drop) noexcept {
     for (User* user : chunk.users) ++user->missing;
   }
   chunk.state = State::absent;
+  if (chunk.on_host) {
+    offloaded_ -= chunk.bytes;
+    return;
+  }
   reserved_ -= chunk.bytes;
   if (chunk.common()) common_ -= chunk.bytes;
   budget_.unreserve(chunk.bytes, chunk.common());
 }
 
 void Weights::activate(Chunk& chunk) {
+  if (chunk.on_host) return;
   budget_.activate(chunk.bytes, chunk.requested, chunk.holder);
   active_ += chunk.bytes;
   requested_ += chunk.requested;
@@ -374,6 +397,7 @@ void Weights::activate(Chunk& chunk) {
 }
 
 void Weights::deactivate(Chunk& chunk) noexcept {
+  if (chunk.on_host) return;
   budget_.deactivate(chunk.bytes, chunk.requested, chunk.holder);
   active_ -= chunk.bytes;
   requested_ -= chunk.requested;
@@ -585,7 +609,8 @@ std::size_t Weights::drop(std::size_t bytes, bool for_good, const Eligible& elig
     std::vector<std::pair<Offer, Chunk*>> candidates;
     const auto now = Clock::now();
     for (auto& [id, chunk] : chunks_) {
-      if (chunk.state == State::resident && eligible(chunk)) candidates.emplace_back(rank(chunk, now), &chunk);
+      if (chunk.state == State::resident && !chunk.on_host && eligible(chunk))
+        candidates.emplace_back(rank(chunk, now), &chunk);
     }
     std::stable_sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) {
       return std::tuple(a.first.awake, a.first.priority, -a.first.idle_seconds) <
@@ -615,10 +640,35 @@ std::size_t Weights::evict(std::size_t bytes, Which which) noexcept {
 std::size_t Weights::evictable(Which which) const noexcept {
   std::size_t bytes = 0;
   for (const auto& [id, chunk] : chunks_) {
-    if (chunk.common() && which == Which::own) continue;
+    if (chunk.on_host || (chunk.common() && which == Which::own)) continue;
     if (chunk.state == State::resident && may_go(chunk)) bytes += chunk.bytes;
   }
   return bytes;
+}
+
+Weights::Need Weights::need(std::span<const Id> ids) const {
+  Need need;
+  need.evictable = evictable(Which::all);
+  std::set<Id> seen;
+  for (const Id id : ids) {
+    const Chunk& chunk = find(chunks_, id);
+    if (chunk.on_host || !seen.insert(id).second) continue;
+    if (chunk.state == State::absent) {
+      need.missing = plus(need.missing, chunk.bytes);
+    } else if (chunk.state == State::resident && may_go(chunk)) {
+      need.evictable -= chunk.bytes;
+    }
+  }
+  return need;
+}
+
+void Weights::drop_unused_on_host() noexcept {
+  if (offloaded_ == 0) return;
+  for (auto& [id, chunk] : chunks_) {
+    if (chunk.on_host && chunk.state == State::resident && chunk.users.empty() && settle(chunk, false)) {
+      make_absent(chunk);
+    }
+  }
 }
 
 std::size_t Weights::drop_unused(std::size_t bytes, Which which) noexcept {
@@ -631,12 +681,18 @@ void Weights::check_invariants() const {
   std::size_t active = 0;
   std::size_t requested = 0;
   std::size_t common = 0;
+  std::size_t offloaded = 0;
   for (const auto& [id, chunk] : chunks_) {
     require(!chunk.places.empty(), "every chunk of weights has an address");
     require(
         chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical || chunk.state == State::loading,
         "a chunk of weights has memory exactly while it is not absent");
+    require(!chunk.on_host || chunk.kind == Kind::memory, "a chunk on the host has memory of its own");
     if (chunk.state == State::absent) continue;
+    if (chunk.on_host) {
+      offloaded += chunk.bytes;
+      continue;
+    }
     reserved += chunk.bytes;
     if (chunk.common()) common += chunk.bytes;
     if (chunk.users.empty()) continue;
@@ -645,6 +701,7 @@ void Weights::check_invariants() const {
   }
   require(reserved == reserved_ && active == active_ && requested == requested_ && common == common_,
           "bytes of weights are counted");
+  require(offloaded == offloaded_, "bytes on the host are counted, and in no budget");
   for (const auto& [id, user] : users_) {
     const auto missing = std::count_if(user.chunks.begin(), user.chunks.end(),
                                        [](const Chunk* chunk) { return chunk->state != State::resident; });

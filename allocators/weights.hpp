@@ -5,7 +5,7 @@
 //   chunk    a piece of a region: absent, loading, or resident. Of kind memory: physical memory of its own, which may
 //            be mapped in several regions, read-only once it is loaded. Of kind shared: the same, of memory that other
 //            processes have too; whoever loads it makes it, or adopts what another has made. Of kind file: a file's
-//            pages (host)
+//            pages (host). One that is on the host has memory of the machine, which the device reads over its link
 //   user     a model: the chunks that it needs. Busy while it runs or loads; awake from its first use until it is
 //            suspended; evictable where the pool may take its memory while it is idle
 //
@@ -13,10 +13,11 @@
 //   A chunk becomes absent when nobody awake needs it (suspend), or when room is needed (evict): then first those that
 //   no user has, the longest unused first; then those of evictable users that are not busy, lowest priority first and
 //   then the least recently used, where a chunk of several users counts as its most important and latest one. Never
-//   what a busy user, or an awake one that is not evictable, needs. A chunk is active while it is not absent and has a
-//   user. Bytes of chunks that are not absent are reserved in the budget. Memory is unmapped once the device has done
-//   all work that was queued when its last user ended. Shared chunks that became absent, but for those of give_up(),
-//   are told by take_gone().
+//   what a busy user, or an awake one that is not evictable, needs; nor what is on the host, which makes no room: that
+//   goes by suspend, and with its last user. A chunk is active while it is not absent and has a user. Bytes of chunks
+//   that are not absent are reserved in the budget; those on the host are neither active nor reserved, but offloaded.
+//   Memory is unmapped once the device has done all work that was queued when its last user ended. Shared chunks that
+//   became absent, but for those of give_up(), are told by take_gone().
 //
 // Not thread-safe: Pool locks, and waits where begin() says so. Functions that throw have changed nothing, unless
 // noted.
@@ -68,6 +69,7 @@ class Weights {
     std::size_t requested = 0;  // that weights take of it
     Id shared = 0;              // a chunk of that kind (not file) and size, to be mapped here too
     bool adds = false;          // of a shared one: these weights lie beside those of others, and are not the same
+    bool on_host = false;       // kind memory: a multiple of the host's granule too. A shared one is as it was placed
   };
   struct Placement {
     Id region = 0;
@@ -76,8 +78,9 @@ class Weights {
   };
   struct UserView {  // bytes
     std::size_t bytes = 0;
-    std::size_t missing = 0;  // of absent chunks, and of those that are loading
-    std::size_t busy = 0;     // count
+    std::size_t missing = 0;          // of absent chunks, and of those that are loading
+    std::size_t missing_on_host = 0;  // of missing
+    std::size_t busy = 0;             // count
     bool awake = false;
     bool evictable = false;
     int priority = 0;
@@ -123,7 +126,9 @@ class Weights {
   void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
-  // Gives a loading chunk of kind shared, or one that was to have it later, memory to be written to.
+  // Gives a loading chunk of kind shared, one on the host, or one that was to have it later, memory to be written to.
+  // (That of the host takes long to page-lock: so others may do something between chunks.) Throws DriverError,
+  // DeviceFullError.
   void make(Id chunk);
   void unmake(Id chunk) noexcept;  // takes it back, if it was given
   // Nobody can write to it any more (loaded() does this to all others).
@@ -169,8 +174,18 @@ class Weights {
   std::size_t evict(std::size_t bytes, Which which) noexcept;
   // The bytes that evict() could make absent.
   [[nodiscard]] std::size_t evictable(Which which) const noexcept;
+  // Makes what has no user and is on the host absent: nobody ever needs its room, so it is not kept for later.
+  void drop_unused_on_host() noexcept;
   // Makes what has no user absent, until `bytes` are gone; returns the bytes.
   std::size_t drop_unused(std::size_t bytes, Which which = Which::all) noexcept;
+
+  // Bytes of the device that those of these chunks take which are absent, and that evict() could make absent besides
+  // these chunks.
+  struct Need {
+    std::size_t missing = 0;
+    std::size_t evictable = 0;
+  };
+  [[nodiscard]] Need need(std::span<const Id> chunks) const;
 
   [[nodiscard]] bool busy(Id user) const;
   // Whether a use of it takes, or keeps, memory that another could have.
@@ -180,6 +195,7 @@ class Weights {
   [[nodiscard]] std::size_t files() const noexcept { return files_; }    // of active
   [[nodiscard]] std::size_t common() const noexcept { return common_; }  // of reserved: kinds shared and file
   [[nodiscard]] std::size_t requested() const noexcept { return requested_; }
+  [[nodiscard]] std::size_t offloaded() const noexcept { return offloaded_; }
 
   void check_invariants() const;
 
@@ -194,12 +210,13 @@ class Weights {
     std::size_t requested = 0;
     std::uint32_t holder = 0;
     bool frozen = false;
+    bool on_host = false;
     std::vector<Address> places;
     std::optional<PhysicalMemory> physical;
     [[nodiscard]] bool shared() const noexcept { return kind == Kind::shared; }
     // Whether its memory may be that of other processes too: a broker's, or a file's pages, which the system has once.
     [[nodiscard]] bool common() const noexcept { return kind != Kind::memory; }
-    // Whether something is mapped at its places. (A shared chunk that is loading has nothing at first.)
+    // Whether something is mapped at its places. (What is made later has nothing at first.)
     [[nodiscard]] bool mapped() const noexcept { return kind == Kind::file ? state != State::absent : !!physical; }
     std::vector<User*> users;
     Fence fence = 0;  // of users that are gone
@@ -256,6 +273,7 @@ class Weights {
   std::size_t files_ = 0;
   std::size_t common_ = 0;
   std::size_t requested_ = 0;
+  std::size_t offloaded_ = 0;
 };
 
 }  // namespace glake

@@ -253,8 +253,8 @@ class Worker:
         table, brought, stop = Residency.of(self.pool), list[int](), threading.Event()
         plain_bring = table._bring
 
-        def bring(holding: Holding, chunks: list[int], *, alone: bool = False) -> None:
-            plain_bring(holding, chunks, alone=alone)
+        def bring(holding: Holding, chunks: list[int], **options: bool) -> None:
+            plain_bring(holding, chunks, **options)
             regions = [(chunk, table._owners[chunk][0]) for chunk in chunks]
             brought.append(sum(region.sizes[region.chunks.index(chunk)] for chunk, region in regions))
 

@@ -78,6 +78,13 @@ def run(
             metavar="N", min=1, help="Threads inside one run. Default: one per core.", show_default=False
         ),
     ] = None,
+    offload: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|SIZE",
+            help="On a GPU, keep weights of each model in host memory: what does not fit (auto), or at least 6GiB, say.",
+        ),
+    ] = "none",
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the last outputs to DIR/MODEL.npz.", show_default=False),
@@ -108,6 +115,7 @@ def run(
             device=device,
             broker=broker,
             intra_op=intra_op,
+            offload=offload,
             save=save,
             seed=seed,
             progress=progress,
@@ -158,11 +166,18 @@ def _outputs(models: tuple[ModelResult, ...]) -> Table:
 
 def _weights(models: tuple[ModelResult, ...]) -> Table:
     """Who shares what with whom, and who sleeps."""
-    made = output.table("*Weights", ">Shared", "*with", ">Own", ">Private", ">Asleep", ">To wake")
+    offloads = any(model.memory.offloaded for model in models)
+    heads = ["*Weights", ">Shared", "*with", ">Own", ">Private", ">Asleep", ">To wake"]
+    made = output.table(*heads, *([">On the host", ">To read"] if offloads else []))
     for model in models:
         memory = model.memory
         others = list(memory.shared_with)
         asleep = (output.size(memory.asleep), output.duration(memory.waking)) if memory.asleep else ("-", "-")
+        far = (
+            (output.size(memory.offloaded), output.duration(memory.reading))
+            if memory.offloaded
+            else ("-", "-")
+        )
         output.add(
             made,
             model.name,
@@ -171,6 +186,7 @@ def _weights(models: tuple[ModelResult, ...]) -> Table:
             output.size(memory.own),
             output.size(memory.private),
             *asleep,
+            *(far if offloads else ()),
         )
     return made
 
@@ -181,6 +197,7 @@ def _memory(memory: MemoryReport, device: str) -> Table:
         ("shared weights", memory.shared, "used by more than one model, held once"),
         ("own weights", memory.own, "used by one model"),
         ("asleep", memory.asleep, "of these, not there now: the next run brings them back"),
+        ("on the host", memory.offloaded, "weights that runs read from there, beside the pool"),
         ("private copies", memory.private, "made by sessions while they were built"),
         (
             "activations",
@@ -201,7 +218,7 @@ def _memory(memory: MemoryReport, device: str) -> Table:
         ),
     ]
     for name, count, remark in rows:
-        if count or name not in ("asleep", "CUDA's libraries"):
+        if count or name not in ("asleep", "on the host", "CUDA's libraries"):
             output.add(made, name, output.size(count), remark)
     return made
 

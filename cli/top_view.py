@@ -284,7 +284,7 @@ def _remark(device: DeviceStatus, process: ProcessStatus) -> str:
         return f"silent {_span(process.silent_seconds)}"
     if device.governed and not process.connected:
         return "no broker"
-    return ""
+    return f"{output.size(process.pool.offloaded)} on the host" if process.pool.offloaded else ""
 
 
 def _models(status: MachineStatus) -> _Table:

@@ -7,15 +7,15 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
-from glake_infer.allocators.errors import GlakeError
+from glake_infer.allocators.errors import GlakeError, OutOfMemoryError
 from glake_infer.sharing.refusals import SupersededError
 from glake_infer.sharing.share import GaveWayError
-from glake_infer.transfers.device import Progress
+from glake_infer.transfers.device import Progress, TransferOptions
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
@@ -28,14 +28,6 @@ SUPERSEDED = 5
 
 GIVING_WAY = (0.05, 0.15)
 """Seconds that a use that gave way stays away: between these, so that two do not meet again."""
-
-
-class TransferOptions(TypedDict):
-    """See glake_infer/transfers/device.py."""
-
-    priority: int
-    progress: Progress | None
-    cancelled: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,8 @@ class Weighed:
     """Page-locked host memory that keeps copies for that."""
     shared_with: dict[int, int]
     """Other models (by number) -> bytes of weights that they use too."""
+    offloaded: int = 0
+    """Of shared and own, what lies in memory of the host."""
 
 
 class Holding:
@@ -97,11 +91,15 @@ class Holding:
         table = self._table
         if self._closing:
             raise GlakeError("the model is closed: its weights are gone. Load it again.")
-        attempts = SUPERSEDED
-        while chunks := self._native.begin_use(self._number):
+        attempts, later = SUPERSEDED, not table.share
+        while chunks := self._native.begin_use(self._number, later):
             try:
-                table._bring(self, chunks, alone=not attempts)
+                table._bring(self, chunks, later=later, alone=not attempts)
                 break
+            except OutOfMemoryError:
+                if not later:
+                    raise
+                later = False  # the device is fuller than the pool's limit says: wait for room, if others may make some
             except GaveWayError:
                 # Whoever it was for comes first now, and has to see that this lets go of its chunks.
                 time.sleep(random.uniform(*GIVING_WAY))
@@ -131,41 +129,58 @@ class Holding:
     def arriving(self) -> Iterator[None]:
         """A use whose weights may still be on their way inside the block, and are there when it has ended.
 
-        Their addresses have memory, whose bytes nothing may read yet. Where the block raises, what is on its way is
-        stopped. Raises what a use does, at the beginning or the end.
+        Their addresses get memory meanwhile: nothing may read, or write, there yet. Where the block
+        raises, what is on its way is stopped. Raises what a use does, at the beginning or the end.
         """
         table = self._table
         if table.share or self._closing:  # a broker's weights come in several steps
             with self:
                 yield
             return
-        chunks = self._native.begin_use(self._number)
+        chunks = self._native.begin_use(self._number, True)
         errors: list[BaseException] = []
 
         def bring() -> None:
             try:
-                table._bring(self, chunks)
+                table._bring_in(self, chunks, later=True)
             except BaseException as error:
                 errors.append(error)
 
         bringing = threading.Thread(target=bring, name="glake-infer weights", daemon=True)
         if chunks:
             bringing.start()
+        failure: BaseException | None = None
         try:
             try:
                 yield
-            except BaseException:
+            except BaseException as error:
+                failure = error
                 self._cancelled.set()
-                raise
-            finally:
+            try:
                 _join(bringing)
-                self._cancelled.clear()
+            except KeyboardInterrupt as error:
+                failure = failure or error
+            self._cancelled.clear()
             if errors:
-                raise errors[0]
-            self._settle()
-        finally:
-            if not errors:  # else the use has ended
+                try:
+                    table._failed(self, chunks, errors[0])
+                except BaseException as error:
+                    if failure is None and not isinstance(error, OutOfMemoryError):
+                        raise
+                if failure is not None:
+                    raise failure
+                self.__enter__()  # the device is full: wait for room, if others may make some
                 self.__exit__(None, None, None)
+                return
+            try:
+                if failure is not None:
+                    raise failure
+                self._settle()
+            finally:
+                self.__exit__(None, None, None)
+        finally:
+            failure = None  # its traceback holds this frame
+            errors.clear()
 
     def _settle(self) -> None:
         """What a use does once its weights are there."""

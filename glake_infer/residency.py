@@ -7,7 +7,9 @@ stays, and the next use brings the same bytes back to it.
 
 On the host a weight is a read-only mapping of the store's object, so the operating system holds its pages once for all
 processes. On a device weights are copied into memory of their own (glake_infer/layout.py says how they lie there), which
-is read-only once it is written. What a pool may take back by itself, and in which order, is in allocators/weights.hpp.
+is read-only once it is written. Some may be wanted on the host: then their memory is the machine's, which the device reads
+over its link, and none of the pool's budget. What a pool may take back by itself, and in which order, is in
+allocators/weights.hpp.
 
 Where the pool has a broker (glake_infer/sharing/) that memory is the machine's: the broker says how weights lie, and whoever
 needs a chunk first fills it for all processes.
@@ -30,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from glake_infer import layout
@@ -43,20 +45,31 @@ from glake_infer.allocators.errors import (
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import AlteredObjectError, Checker, File
 from glake_infer.digest import is_digest
-from glake_infer.holding import Holding, HostCopy, TransferOptions, Weighed
+from glake_infer.holding import Holding, HostCopy, Weighed
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
 from glake_infer.sharing.refusals import AlteredError, BrokerGoneError
 from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
-from glake_infer.transfers.device import Device, Part, device_for
+from glake_infer.transfers.device import (
+    Copied,
+    CudaTransfers,
+    Device,
+    Part,
+    Step,
+    TransferOptions,
+    device_for,
+)
 from glake_infer.transfers.host_cache import host_cache
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
 
 PAGE = 4096
+
+AT_ONCE = 256 << 20
+"""Bytes of chunks that are mapped before they begin to be filled: less than 1 ms, and they take 5 over one link (H200)."""
 
 TELLING = 8 << 20
 """Bytes from which a load tells how fast the next one will be."""
@@ -67,7 +80,8 @@ class Wanted:
     """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used.
 
     `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by. `by_file`: it is used through its file,
-    which somebody else maps too, and so never copied.
+    which somebody else maps too, and so never copied. `on_host`: its copy is to lie in memory of the host, unless a model
+    has one already; not where a broker holds the weights.
     """
 
     digest: str
@@ -78,6 +92,7 @@ class Wanted:
     pieces: tuple[str, ...] = ()
     edges: tuple[int, ...] = ()
     by_file: bool = False
+    on_host: bool = False
 
     @property
     def file(self) -> File:
@@ -94,6 +109,35 @@ class _Copy:
     wanted: set[Hashable]
     used: float
     """When a holding was last brought back from it, or it was made."""
+
+
+@dataclass
+class _Fill:
+    """What fills a chunk."""
+
+    chunk: int
+    size: int
+    parts: list[Part]
+    copies: list[Copied]
+    made_here: bool
+    """Whether it has yet to get its memory."""
+    on_host: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.size for part in self.parts) + sum(size for _, _, size in self.copies)
+
+
+def _grouped(fills: list[_Fill]) -> Iterator[list[_Fill]]:
+    """In groups of about AT_ONCE bytes of chunks, each on the device or on the host."""
+    group: list[_Fill] = []
+    for fill in fills:
+        if group and (fill.on_host != group[0].on_host or sum(each.size for each in group) >= AT_ONCE):
+            yield group
+            group = []
+        group.append(fill)
+    if group:
+        yield group
 
 
 @dataclass(eq=False)
@@ -113,6 +157,7 @@ class Region:
     """As a broker knows it."""
     entries: set[str] = field(default_factory=set)
     references: int = 0
+    on_host: bool = False
 
 
 @dataclass
@@ -236,6 +281,9 @@ class Residency:
                 specs = self._places_of(items)
                 with self._locked():
                     self._sweep()
+                    for item in items.values():
+                        if unneeded := self._unneeded(item):
+                            self._remove(unneeded)
                     missing = [item for item in items.values() if item.digest not in self._entries]
                     placed = {weight.digest for spec in specs for weight in spec.weights}
                     if any(self._shares(i) and i.mapped and i.digest not in placed for i in missing):
@@ -277,6 +325,57 @@ class Residency:
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
             return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether weights may lie on the host: where they are copied, by no broker, and the device maps host memory."""
+        return self._copies and not self.share and self._native.granularity_on_host > 0
+
+    def placed(self, digests: Iterable[str]) -> dict[str, bool]:
+        """Of these weights those that stay where they are, because models have them: digest -> whether on the host."""
+        with self._locked():
+            entries = {digest: entry for digest in digests if (entry := self._entries.get(digest))}
+            return {d: e.region.on_host for d, e in entries.items() if e.region.references}
+
+    def room(self, wanted: Iterable[Wanted]) -> tuple[int, int]:
+        """Bytes of the device that weights would take which are not there yet, held and used now; and how many they could.
+
+        They could take what limit and device leave when all is given back that is idle or may be evicted, and is not
+        wanted itself. What a broker says of that is not asked.
+        """
+        items = list({item.digest: item for item in wanted}.values())
+        granule, size = self._native.granularity, 0
+        with self._locked():
+            self._sweep()
+            leaving = [region for item in items if (region := self._unneeded(item))]
+            missing: list[Wanted] = []
+            chunks: list[int] = []
+            for item in items:
+                entry = self._entries.get(item.digest)
+                if entry and entry.region not in leaving:
+                    chunks += entry.chunks
+                elif item.mapped and not item.on_host:
+                    missing.append(item)
+            own = [item for item in missing if not self._shares(item) and self._copies and not item.by_file]
+            size += sum(item.mapped for item in missing) - sum(item.mapped for item in own)
+            tail = 0
+
+            def tail_for(size: int) -> int:
+                nonlocal tail
+                tail = self._tail_for(size, granule)
+                return self._tails.get(tail, 0)
+
+            for planned in layout.plan(_layout_items(own), granule, self._twin_of, tail_for):
+                twin = self._twin_region(planned.parted) if planned.parted else None
+                for index, (chunk, same) in enumerate(zip(planned.chunks, planned.shared, strict=True)):
+                    if planned.in_tail and index == 0:
+                        chunks.append(tail)
+                    elif twin and same is not None:
+                        chunks.append(twin.chunks[same])
+                    else:
+                        size += chunk
+            absent, room = self._native.room_for(chunks)
+            return size + absent, room
 
     @property
     def transfers(self) -> TransferStatus:
@@ -346,9 +445,15 @@ class Residency:
                 return self._tails.get(tail, 0)
 
             by_digest = {item.digest: item for item in missing}
-            items = [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in missing if i.mapped]
-            for region in layout.plan(items, granule, self._twin_of, tail_for):
+            items = [item for item in missing if item.mapped]
+            near = _layout_items(item for item in items if not item.on_host)
+            for region in layout.plan(near, granule, self._twin_of, tail_for):
                 placed.append(self._place_region(region, by_digest, tail))
+            # On the host nothing is shared in part: no twins, and no tails.
+            far = _layout_items(replace(item, pieces=()) for item in items if item.on_host)
+            granule = max(granule, self._native.granularity_on_host)
+            for region in layout.plan(far, granule, lambda item: None, aligned=True):
+                placed.append(self._place_region(region, by_digest, 0, on_host=True))
             if len(items) < len(missing):  # weights without bytes
                 placed.append(self._enter([i for i in missing if not i.mapped], Region(0, 0, (), ())))
         except BaseException:
@@ -438,17 +543,21 @@ class Residency:
         region.parts = self._parts_of(region, [(w.offset, w.mapped, Path(w.path)) for w in spec.weights])
         self.share.entered(spec, region.chunks)
 
-    def _place_region(self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int) -> Region:
+    def _place_region(
+        self, planned: layout.Region, by_digest: dict[str, Wanted], tail: int, *, on_host: bool = False
+    ) -> Region:
         twin = self._twin_region(planned.parted) if planned.parted else None
         shared = [twin.chunks[i] if twin and i is not None else 0 for i in planned.shared]
         if planned.in_tail:
             shared[0] = tail
         beside = [planned.in_tail] + [False] * (len(shared) - 1)
         pieces = list(zip(planned.chunks, planned.used, shared, beside, strict=True))
-        number, address, chunks = self._native.place_weights(pieces, "memory")
+        number, address, chunks = self._native.place_weights(pieces, "memory", on_host)
         self._numbers.add(number)
         starts = tuple(itertools.accumulate(planned.chunks[:-1], initial=address))
-        region = Region(number, address, tuple(chunks), planned.chunks, planned.parted, starts)
+        region = Region(
+            number, address, tuple(chunks), planned.chunks, planned.parted, starts, on_host=on_host
+        )
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
         spans = [
@@ -459,7 +568,7 @@ class Residency:
         if planned.in_tail:
             del self._tails[tail]  # used up, or entered again below
             self._unfilled.setdefault(tail, []).append(region)
-        if not planned.parted:
+        if not planned.parted and not on_host:
             granule = self._native.granularity
             end = max(offset + length for offset, length, _ in spans)
             if planned.chunks[-1] == granule and -end % granule:
@@ -506,6 +615,13 @@ class Residency:
             for chunk in region.chunks:
                 self._owners.setdefault(chunk, []).append(region)
         return region
+
+    def _unneeded(self, item: Wanted) -> Region | None:
+        """Where a weight lies on the device that is wanted on the host, if no model needs it there."""
+        there = self._entries.get(item.digest)
+        if not (item.on_host and there and there.region.number):
+            return None
+        return None if there.region.on_host or there.region.references else there.region
 
     def _twin_of(self, item: layout.Item) -> layout.Twin | None:
         region = self._twin_region(item)
@@ -564,21 +680,36 @@ class Residency:
 
     # Bringing in.
 
-    def _bring(self, holding: Holding, chunks: list[int], *, alone: bool = False) -> None:
-        """Fill chunks that the native pool has made for a holding, and say so to it. After an error they are absent."""
+    def _bring(
+        self, holding: Holding, chunks: list[int], *, later: bool = False, alone: bool = False
+    ) -> None:
+        """Fill chunks that a use waits for, and say so to the native pool. After an error they are absent.
+
+        `later`: they have no memory yet.
+        """
         try:
-            if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
-                self._fill(holding, own)
-                self._native.loaded(holding._number, own)
-            if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
-                fill = functools.partial(self._fill, holding)
-                self.share.bring(holding._number, shared, fill, self._verify_chunks, alone=alone)
+            self._bring_in(holding, chunks, later=later, alone=alone)
         except BaseException as error:
-            self._native.load_failed(holding._number, chunks)
-            if isinstance(error, AlteredError):
-                why = str(error) if error.unreadable else None
-                raise AlteredObjectError(error.digest, error.path, why) from error
-            raise
+            self._failed(holding, chunks, error)
+
+    def _bring_in(
+        self, holding: Holding, chunks: list[int], *, later: bool = False, alone: bool = False
+    ) -> None:
+        """As `_bring`; after an error `_failed` has to be called by the thread that began the use."""
+        if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
+            self._fill(holding, own, later=later)
+            self._native.loaded(holding._number, own)
+        if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
+            fill = functools.partial(self._fill, holding)
+            self.share.bring(holding._number, shared, fill, self._verify_chunks, alone=alone)
+
+    def _failed(self, holding: Holding, chunks: list[int], error: BaseException) -> NoReturn:
+        """Chunks of a use, which ends, could not be filled."""
+        self._native.load_failed(holding._number, chunks)
+        if isinstance(error, AlteredError):
+            why = str(error) if error.unreadable else None
+            raise AlteredObjectError(error.digest, error.path, why) from error
+        raise error
 
     def _verify_chunks(self, chunks: list[int], copy: Callable[[], object]) -> None:
         """Check the files of a broker's chunks, which it checks where it is there, while they are copied."""
@@ -595,8 +726,8 @@ class Residency:
                         files.append(ours if ours and ours.path.absolute() == file.path else file)
         self._checker.beside(files, lambda failed: copy())
 
-    def _fill(self, holding: Holding, chunks: list[int]) -> int:
-        """Write the bytes of chunks; returns how many."""
+    def _fill(self, holding: Holding, chunks: list[int], *, later: bool = False) -> int:
+        """Write the bytes of chunks, having made memory for them if that was to come `later`; returns how many."""
         native = self._native
         items: list[Wanted] = []
         borrowed: list[tuple[int, _Copy]] = []
@@ -604,15 +735,15 @@ class Residency:
         start = time.perf_counter()
         try:
             with self._locked():
-                copies = []
-                parts: list[Part] = []
+                fills: list[_Fill] = []
                 filled: list[tuple[int, Region]] = []
                 for chunk in chunks:
                     if kept := self._pinned.get(chunk):
                         kept.wanted.add(reader)  # so that nobody frees it meanwhile
                         kept.used = start
                         borrowed.append((chunk, kept))
-                        copies.append((native.address_of(chunk), kept.address, kept.size))
+                        copied = (native.address_of(chunk), kept.address, kept.size)
+                        fills.append(_Fill(chunk, kept.size, [], [copied], later))
                         continue
                     owners = self._owners[chunk]
                     mine = [owner for owner in owners if owner in holding.regions]
@@ -620,9 +751,12 @@ class Residency:
                         mine = mine[:1]
                     elif others := [owner for owner in owners if owner not in holding.regions]:
                         self._unfilled[chunk] = others + mine  # each model reads its own files only
-                    for owner in mine:
-                        parts += owner.parts[chunk]
-                        filled.append((chunk, owner))
+                    own = [part for owner in mine for part in owner.parts[chunk]]
+                    filled += [(chunk, owner) for owner in mine]
+                    on_host = mine[0].on_host
+                    size = mine[0].sizes[mine[0].chunks.index(chunk)]
+                    fills.append(_Fill(chunk, size, own, [], later or on_host, on_host))
+                parts = [part for fill in fills for part in fill.parts]
                 entries = [self._entries.get(d) for d in dict.fromkeys(part.path.name for part in parts)]
                 items = [e.wanted for e in entries if e and not self._shares(e.wanted)]
             files = [item.file for item in items]
@@ -633,11 +767,9 @@ class Residency:
                         native.map_weights(chunk, file.fileno(), part.size)
                 self._checker.check(files)  # not while they were mapped, either
             else:
-                if copies:
-                    self._device.restore(copies, **holding.transfer)
                 if parts:
                     holding._kept = -1  # of those that come and go, the ones that came last have copies
-                    self._load(files, parts, holding)
+                self._bring_fills(files, fills, holding)
             with self._locked():
                 for chunk, owner in filled:
                     self._is_filled(chunk, owner)
@@ -652,21 +784,52 @@ class Residency:
         seconds, size = time.perf_counter() - start, sum(part.size for part in parts)
         with self._locked():
             self._loads = (self._loads[0] + len(chunks), self._loads[1] + size, self._loads[2] + seconds)
-        done = size + sum(size for _, _, size in copies)
+        done = size + sum(size for fill in fills for _, _, size in fill.copies)
         if self._copies and done >= TELLING:
             self._rate = done / seconds
         return size
 
-    def _load(self, files: list[File], parts: list[Part], holding: Holding) -> None:
-        """Copy files to the device, and check them beside that."""
+    def _bring_fills(self, files: list[File], fills: list[_Fill], holding: Holding) -> None:
+        """Bring what fills chunks, and check the files beside that. Memory of some is made while others are filled."""
+        native, groups = self._native, list(_grouped(fills))
+        freezes = len(groups) > 1 and self._process_writes_nothing
+
+        def steps() -> Iterator[Step]:
+            for group in groups:
+                for fill in group:
+                    if fill.made_here:
+                        native.make(fill.chunk)
+                        fill.made_here = False  # not again where a file changed, and all is brought once more
+                parts = [part for fill in group for part in fill.parts]
+                yield Step(parts, [copy for fill in group for copy in fill.copies], group[0].on_host)
+
+        def arrived(number: int) -> None:
+            for fill in groups[number] if freezes else ():
+                native.freeze(fill.chunk)
+
+        self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding, arrived)
+
+    @property
+    def _process_writes_nothing(self) -> bool:
+        """Whether only the driver writes to this device's memory, and so may do so once more where it is read-only."""
+        return isinstance(self._device, CudaTransfers)
+
+    def _bring_steps(
+        self,
+        files: list[File],
+        steps: Callable[[], Iterable[Step]],
+        total: int,
+        holding: Holding,
+        arrived: Callable[[int], None] | None = None,
+    ) -> None:
         given = holding.transfer
         stopped = given["cancelled"]
 
-        def load(failed: Callable[[], bool]) -> None:
-            options: TransferOptions = {**given, "cancelled": lambda: stopped() or failed()}
-            self._device.load(parts, **options)
+        def bring(failed: Callable[[], bool]) -> None:
+            options: TransferOptions = {**given, "cancelled": lambda: bool(stopped and stopped()) or failed()}
+            self._device.bring(steps(), total, arrived=arrived, **options)
 
-        self._checker.beside(files, load)
+        self._checker.beside(files, bring)
 
     def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
         """Whoever wanted a copy wants it no more; the last one frees it."""
@@ -707,7 +870,8 @@ class Residency:
                         for region in regions:
                             shift = address - region.starts[region.chunks.index(chunk)]
                             moved += [replace(p, address=p.address + shift) for p in region.parts[chunk]]
-                        self._load(files, moved, holding)
+                        size = sum(part.size for part in moved)
+                        self._bring_steps(files, functools.partial(iter, (Step(moved),)), size, holding)
                     except OSError as error:
                         self._raise_altered(error)
                         raise
@@ -743,6 +907,8 @@ class Residency:
                         kept.used = now
                         continue
                     region = self._owners[chunk][0]
+                    if region.on_host:  # the store has them, and this is host memory as it is
+                        continue
                     missing.append((chunk, region.sizes[region.chunks.index(chunk)]))
                 self._drop_copies(host_cache.excess(sum(size for _, size in missing)), holding)
             missing = [(chunk, size) for chunk, size in missing if host_cache.reserve(size)]
@@ -781,11 +947,12 @@ class Residency:
         """Under the lock."""
         if holding.closed:
             return Weighed(0, 0, 0, 0, {})
-        shared = own = 0
+        shared = own = offloaded = 0
         others: dict[int, int] = {}
         for digest in holding.addresses:
             entry = self._entries[digest]
             size = entry.wanted.mapped
+            offloaded += size if entry.region.on_host else 0
             if len(entry.users) > 1:
                 shared += size
                 for user in entry.users:
@@ -795,7 +962,7 @@ class Residency:
                 own += size
         pinned = sum(self._pinned[c].size for c in holding.chunks if c in self._pinned)
         missing = int(self._native.user(holding._number)["missing"])
-        return Weighed(shared, own, missing, pinned, others)
+        return Weighed(shared, own, missing, pinned, others, offloaded)
 
 
 def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
@@ -805,6 +972,10 @@ def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
             native.remove_region(number)
     if share:
         share.close(wait=False)
+
+
+def _layout_items(items: Iterable[Wanted]) -> list[layout.Item]:
+    return [layout.Item(i.digest, i.mapped, i.group, i.pieces, i.edges) for i in items]
 
 
 def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:

@@ -34,6 +34,17 @@ from glake_infer.mapped_files import Span, mappings_of
 from glake_infer.models.graph import all_nodes, initializers, is_external
 from glake_infer.models.kin import hints
 from glake_infer.models.model import Model, Sharing, gpu_index
+from glake_infer.models.offload import (
+    TABLE,
+    Choice,
+    Offload,
+    choose,
+    headroom_for,
+    parse_offload,
+    placed_on_host,
+    reads_of,
+    refuse_with_broker,
+)
 from glake_infer.models.overlap import weights_may_come_later
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
@@ -74,6 +85,8 @@ def load(
     store: Store | None = None,
     host_copy: HostCopy = "store",
     streams: Streams = "per run",
+    offload: Offload = "none",
+    headroom: int | str | None = None,
     priority: int = 0,
     progress: Progress | None = None,
 ) -> Model:
@@ -109,6 +122,17 @@ def load(
         disk), and costs nothing; "pinned" keeps a page-locked copy, which takes as much memory of the host, 0.1 s for a
         GiB to make at the load, and is as fast as the links. `configure_transfers(host_cache=...)` bounds all copies
         together: then the models that came last have theirs. On the CPU both are the store's files.
+    offload
+        On a GPU, which weights stay in page-locked memory of the host, from where each run that needs them reads them over
+        the link: 55 GB/s at PCIe 5, a fraction of the GPU's own memory. "none"; "auto": what does not fit beside the
+        headroom, below the limit and in what the GPU has free, when all is given back that may be evicted; an amount
+        (bytes, or "6GiB"): at least that much. Tables of which nodes look up rows go first, then weights that only bodies of
+        If and Loop use, then others from the end of the graph. A weight that another model has stays where it is. The
+        choice is made at the load and kept; `memory.offloaded` and `notes` tell it. Not with a broker. On the CPU it
+        changes nothing: weights are the store's files, mapped.
+    headroom
+        What "auto" leaves free for activations: bytes, or text such as "1GiB". None: 256 MiB, or 5 % of the limit if that
+        is more.
     priority
         Of loads that go on at the same time, those of higher priority have the links first. It becomes `Model.priority`.
     progress
@@ -116,9 +140,10 @@ def load(
 
     The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
     models); later ones, in any process, map the result. On CUDA every weight's bytes are checked and copied to the
-    GPU, unless another model has it there. Raises InputError, PackageError, DigestMismatchError (naming every package that
-    a changed object hurts), OutOfMemoryError (saying what limit would do), MissingDependencyError (no ONNX
-    Runtime, or none for CUDA); nothing stays loaded after an error.
+    GPU, unless another model has it there. Raises InputError (a wrong argument, or offload with a broker), PackageError,
+    DigestMismatchError (naming every package that a changed object hurts), OutOfMemoryError (saying what limit would do,
+    and offload="auto" if that would), DriverError (the GPU failed; or, offloading, the host has no memory left, or the GPU
+    cannot map it), MissingDependencyError (no ONNX Runtime, or none for CUDA); nothing stays loaded after an error.
     """
     runtime = import_onnxruntime()
     monitor_if_asked()
@@ -137,6 +162,7 @@ def load(
         raise InputError(f"host_copy={host_copy!r}: expected 'store' or 'pinned'.")
     if streams not in ("one", "per run"):
         raise InputError(f"streams={streams!r}: expected 'one' or 'per run'.")
+    parsed = parse_offload(offload)
     place = _pool_for(pool, device)
     providers = providers_of(place, provider_options)
     if place.device != "cpu":
@@ -157,6 +183,7 @@ def load(
     with store.using():
         package = Package(Path(path), store)
         model = Model(package, place, sharing, host_copy, maps=maps_weights(place))
+        model._offload, model._headroom = parsed, headroom_for(place.limit, headroom)
         model._priority = priority
         package.check_present()
         variant = _variant(package, place, sharing)
@@ -295,7 +322,7 @@ def _build_session(
     runtime = import_onnxruntime()
     check_providers(runtime.get_available_providers(), providers)
     pool, residency, number = model.pool, model._residency, model._number
-    wanted = _wanted(model, prepared)
+    wanted = _offloaded(model, prepared, _wanted(model, prepared))
     own = len(prepared.graph) + SESSION_BYTES
     holding = residency.hold(
         wanted,
@@ -344,13 +371,14 @@ def _build_session(
         if stream:
             _give_stream_back(gpu_index(pool.device), stream)
         if isinstance(error, OutOfMemoryError) and not error.refusal:  # a broker's figures are not the pool's
-            raise _with_session(error, own) from error
+            raise _with_session(error, own, _hint(model, prepared, wanted)) from error
         raise
     weakref.finalize(session, _session_ended, holding, pool.device, stream).atexit = False
     model.session = session
     model._holding = holding
     model._mapped_by_session = frozenset(mapped)
     model._private = max(0, pool.stats().active - before.active)
+    model._lookups = _lookups(model, prepared, wanted)
     if pool.device != "cpu":
         model._libraries = before.libraries()
         model._copied = tuple(before.second_copies(prepared))
@@ -378,6 +406,59 @@ def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
             item = replace(item, group=hint.group, pieces=hint.pieces, edges=hint.edges)
         wanted.append(item)
     return wanted
+
+
+def _offloaded(model: Model, prepared: Prepared, wanted: list[Wanted]) -> list[Wanted]:
+    """The weights, on the host those that go there; decided once per model. Raises InputError with a broker."""
+    if model._on_host is None:
+        model._on_host = frozenset()
+        if model._offload != "none" and model._residency.share:
+            needed, room = model._residency.room(wanted)
+            if model._offload != "auto":
+                raise refuse_with_broker(model.pool, model._offload)
+            if (short := needed + model._headroom - room) > 0:
+                raise refuse_with_broker(model.pool, model._offload, short)
+        elif model._offload != "none" and model._maps:
+            model._notes = (
+                *model._notes,
+                f"offload={model._offload!r} changes nothing on the CPU: weights are the store's files, mapped",
+            )
+        elif model._offload != "none":
+            model._on_host = _choose(model, prepared, wanted, model._offload).on_host
+    return placed_on_host(wanted, model._on_host)
+
+
+def _choose(model: Model, prepared: Prepared, wanted: list[Wanted], offload: Literal["auto"] | int) -> Choice:
+    names: dict[str, list[str]] = {}
+    for weight in prepared.weights:
+        names.setdefault(weight.digest, []).append(weight.name)
+    reads = reads_of(onnx.load_model_from_string(prepared.graph))
+    return choose(model._residency, wanted, names, reads, offload, model._headroom)
+
+
+def _hint(model: Model, prepared: Prepared, wanted: list[Wanted]) -> str:
+    """What to say of offload="auto" where a load without it found no room: if it would do."""
+    residency = model._residency
+    if model._offload != "none" or model._maps or residency.share or not residency.offloads:
+        return ""
+    choice = _choose(model, prepared, wanted, "auto")
+    if not choice.fits or not choice.on_host:
+        return ""
+    size = sum({w.digest: w.mapped for w in wanted if w.digest in choice.on_host}.values())
+    far = f"keeps {format_bytes(size)} of its weights in host memory"
+    return f"Or load it with offload='auto', which {far}: runs are slower."
+
+
+def _lookups(model: Model, prepared: Prepared, wanted: list[Wanted]) -> int:
+    """Bytes on the host of tables, of which a run reads some rows."""
+    there = model._residency.placed(item.digest for item in wanted)
+    if not any(there.values()):
+        return 0
+    reads = reads_of(onnx.load_model_from_string(prepared.graph))
+    tables = {w.digest for w in prepared.weights} - {
+        w.digest for w in prepared.weights if reads[w.name].rank != TABLE
+    }
+    return sum({w.digest: w.mapped for w in wanted if there.get(w.digest) and w.digest in tables}.values())
 
 
 def _session_ended(holding: Holding, device: str, stream: int) -> None:
@@ -504,8 +585,8 @@ def check_providers(got: Sequence[str], wanted: Sequence[Any]) -> None:
         )
 
 
-def _with_session(error: OutOfMemoryError, own: int) -> OutOfMemoryError:
-    """The pool's refusal, with a limit that would do for what the session needs beside its weights too."""
+def _with_session(error: OutOfMemoryError, own: int, hint: str = "") -> OutOfMemoryError:
+    """The pool's refusal, with a limit that would do for what the session needs beside its weights too, and a hint."""
     return OutOfMemoryError(
         requested=error.requested,
         active=error.active,
@@ -516,6 +597,7 @@ def _with_session(error: OutOfMemoryError, own: int) -> OutOfMemoryError:
         device_free=error.device_free,
         holders=error.holders,
         device_full=error.device_full,
+        hint=hint,
     )
 
 

@@ -22,6 +22,7 @@ from glake_infer.allocators.errors import (
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
+from glake_infer.allocators.sizes import format_bytes
 from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.mapped_files import Span, drop_pages
@@ -64,6 +65,11 @@ class ModelMemory:
     """Memory of its weights that is not there now: the next run, or `resume`, brings it back."""
     waking: float | None = None
     """Seconds that this would take at the rate of the last load; None where nothing was loaded yet."""
+    offloaded: int = 0
+    """Of its weights, what lies in memory of the host (`offload`), whether it is there now or asleep."""
+    reading: float | None = None
+    """Seconds that reading these takes in a run that needs all of them but tables (of those it looks up rows), at the
+    rate of the last load; None where nothing was loaded yet."""
     pinned: int = 0
     """Page-locked host memory that keeps copies of weights (`host_copy="pinned"`)."""
     libraries: int = 0
@@ -119,6 +125,12 @@ class Model:
         self._renewed = 0  # the value of _spoiled that the session was last made anew for
         self._condition = threading.Condition()
         self._copied: tuple[str, ...] = ()
+        self._offload: Literal["none", "auto"] | int = "none"
+        self._headroom = 0
+        self._on_host: frozenset[str] | None = (
+            None  # digests of weights that go to the host, once that is decided
+        )
+        self._lookups = 0  # bytes of tables that lie on the host
 
     @property
     def inputs(self) -> list[Value]:
@@ -138,7 +150,26 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """What `load` has to say: what could not be done, and what the session holds for itself."""
-        return (*self._notes, *self._copied)
+        return (*self._notes, *self._copied, *self._offload_notes())
+
+    def _offload_notes(self) -> Iterator[str]:
+        memory = self.memory
+        if not memory.offloaded:
+            return
+        said = f"{format_bytes(memory.offloaded)} of weights stay in host memory"
+        read = memory.offloaded - self._lookups
+        if not read:
+            yield f"{said}: tables of which each run reads some rows over PCIe"
+            return
+        whole = "them" if not self._lookups else f"{format_bytes(read)} of them"
+        rows = ", and some rows of the rest" if self._lookups else ""
+        rate = self._residency.rate
+        cost = (
+            f", about {memory.reading * 1e3:.3g} ms at the last load's {rate / 1e9:.2g} GB/s"
+            if memory.reading
+            else ""
+        )
+        yield f"{said}: each run reads {whole} over PCIe{cost}{rows}"
 
     @property
     def memory(self) -> ModelMemory:
@@ -147,6 +178,7 @@ class Model:
             return ModelMemory(0, 0, 0)
         weighed = self._holding.weigh()
         rate = self._residency.rate
+        read = max(0, weighed.offloaded - self._lookups)
         names: dict[str, int] = {}
         for number, size in weighed.shared_with.items():
             other = _by_number.get(number)
@@ -158,6 +190,8 @@ class Model:
             private=self._private,
             asleep=weighed.asleep,
             waking=0.0 if not weighed.asleep else weighed.asleep / rate if rate else None,
+            offloaded=weighed.offloaded,
+            reading=0.0 if not read else read / rate if rate else None,
             pinned=weighed.pinned,
             libraries=self._libraries,
             shared_with=dict(sorted(names.items())),
@@ -172,9 +206,10 @@ class Model:
         """Give the memory of the weights back, and the pool's idle memory; return the bytes.
 
         The session stays alive and every address as it is; `resume`, or the next run, brings the same bytes back from
-        the store's files or from a page-locked copy (`host_copy`). Runs in progress are waited for. What another model
-        that is awake uses stays, and with it the granules (2 MiB on CUDA) in which both have weights. So does what the
-        session holds for itself, and what CUDA's libraries hold.
+        the store's files or from a page-locked copy (`host_copy`); what is offloaded goes as well, and comes from the
+        store. Runs in progress are waited for. What another model that is awake uses stays, and with it the granules
+        (2 MiB on CUDA) in which both have weights. So does what the session holds for itself, and what CUDA's libraries
+        hold.
 
         Raises GlakeError after `close()`, DriverError (the GPU failed; the model stays awake).
         """

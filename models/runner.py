@@ -21,6 +21,7 @@ from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
 from glake_infer.models.manifest import Value
 from glake_infer.models.model import Model, ModelMemory, Sharing
+from glake_infer.models.offload import Offload
 from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
 from glake_infer.models.runtime import Runtime
@@ -82,6 +83,8 @@ class MemoryReport:
     reserved: int
     peak_reserved: int
     limit: int
+    offloaded: int
+    """Of the weights, what lies in memory of the host, beside the pool's."""
     libraries: int
     """On a GPU, outside the pool: what CUDA's libraries took while the sessions were built, as the driver counts."""
     process: ProcessMemory
@@ -124,6 +127,7 @@ def run(
     device: str = "cpu",
     broker: str | os.PathLike[str] | None = None,
     intra_op: int | None = None,
+    offload: Offload = "none",
     seed: int = 0,
     save: str | os.PathLike[str] | None = None,
     store: Store | None = None,
@@ -142,6 +146,8 @@ def run(
         "cpu", "cuda:N" or "cuda" (the first GPU). On a GPU the feeds come from the host, and the outputs go there.
     broker
         As for `Pool`: other processes may have the weights too.
+    offload
+        As for `load`: what stays in host memory of each model.
     save
         A folder that gets the last outputs of each model as `NAME.npz`.
 
@@ -155,7 +161,9 @@ def run(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(BrokeredPool(device=device, limit=limit, broker=broker))
         runtime = stack.enter_context(Runtime(pool=pool, store=store))
-        loaded = _load_all(names, [Path(path) for path in paths], runtime, sharing, intra_op, store, progress)
+        loaded = _load_all(
+            names, [Path(path) for path in paths], runtime, sharing, intra_op, offload, store, progress
+        )
         _feed_all(loaded, overrides, given_shapes, seed)
         start = time.perf_counter()
         _run_all(loaded, repeat, threads)
@@ -184,6 +192,7 @@ def _load_all(
     runtime: Runtime,
     sharing: Sharing,
     intra_op: int | None,
+    offload: Offload,
     store: Store,
     progress: Progress | None,
 ) -> list[_Loaded]:
@@ -193,7 +202,9 @@ def _load_all(
             if progress:
                 progress("loading", number, len(paths))
             start = time.perf_counter()
-            model = runtime.load(package, sharing=sharing, threads=intra_op, configure=_quieten)
+            model = runtime.load(
+                package, sharing=sharing, threads=intra_op, configure=_quieten, offload=offload
+            )
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     if progress:
         progress("loading", len(paths), len(paths))
@@ -339,7 +350,7 @@ def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
     shared = sum(size for size, users in resident.values() if len(users) > 1)
     own = sum(size for size, users in resident.values() if len(users) == 1)
     private = sum(model.memory.private for model in models)
-    weights = shared + own + private - asleep
+    weights = shared + own + private - asleep - stats.offloaded
     return MemoryReport(
         shared=shared,
         own=own,
@@ -351,6 +362,7 @@ def _memory(pool: Pool, models: Sequence[Model]) -> MemoryReport:
         reserved=stats.reserved,
         peak_reserved=stats.peak_reserved,
         limit=stats.limit,
+        offloaded=stats.offloaded,
         libraries=sum(model.memory.libraries for model in models),
         process=measure(),
     )

@@ -59,6 +59,8 @@ class PoolStatus(Part):
     unused_weights: int
     peak_reserved: int
     driver_calls: int
+    offloaded: int = 0
+    """Weights in memory of the host, beside reserved."""
 
 
 class TransferStatus(Part):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypedDict, Unpack
 
 from glake_infer.allocators.errors import DriverError
 from glake_infer.process_memory import available_memory
@@ -44,43 +44,68 @@ class Part:
     address: int
 
 
+Copied = tuple[int, int, int]
+"""Address of the device, address of a kept copy, bytes."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a transfer brings at once: parts of files, and copies that were kept.
+
+    `in_place`: the addresses of the parts are memory that the process itself can write to.
+    """
+
+    parts: Sequence[Part] = ()
+    copies: Sequence[Copied] = ()
+    in_place: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Of all of it."""
+        return sum(part.size for part in self.parts) + sum(size for _, _, size in self.copies)
+
+
 class CancelledError(Exception):
     """A transfer was cancelled by the caller."""
+
+
+class TransferOptions(TypedDict, total=False):
+    """How something is brought."""
+
+    priority: int
+    """Transfers of higher ones come first."""
+    progress: Progress | None
+    """Called in the caller's thread."""
+    cancelled: Callable[[], bool] | None
+    """Asked now and then; once it is true the transfer ends, with CancelledError."""
 
 
 class Device(Protocol):
     """Where bytes go. Each method may be called from several threads.
 
-    `priority`: transfers of higher ones come first. `progress` is called in the caller's thread. `cancelled` is asked
-    meanwhile; once it is true the transfer ends, with CancelledError. After any error, and Ctrl-C, nothing of the transfer
-    is queued any more, and some of the bytes may be there.
+    After any error, and Ctrl-C, nothing of the transfer is queued any more, and some of the bytes may be there.
     """
 
-    def load(
+    def bring(
         self,
-        parts: Sequence[Part],
+        steps: Iterable[Step],
+        total: int,
         *,
-        priority: int = 0,
-        progress: Progress | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        arrived: Callable[[int], None] | None = None,
+        **options: Unpack[TransferOptions],
     ) -> None:
-        """Copy the parts; complete when this returns. Raises OSError (with the file's name) or DriverError."""
+        """Bring `total` bytes in steps; complete when this returns.
+
+        Each step is on its way before the next is asked for, so that `steps` can make memory for one while others are
+        filled. `arrived` is called with the number of a step once that, and all before, are there. Raises OSError (with
+        the file's name), DriverError, CancelledError, and what `steps` and `arrived` do.
+        """
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the address of a new copy, fast to restore from, of each (device address, bytes).
+        """Return the address of a new copy, fast to bring back, of each (device address, bytes).
 
         Nothing writes there meanwhile. Raises DriverError; then there are none.
         """
-
-    def restore(
-        self,
-        copies: Sequence[tuple[int, int, int]],
-        *,
-        priority: int = 0,
-        progress: Progress | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> None:
-        """Copy (device address, address of a kept copy, bytes) each; complete when this returns. Raises DriverError."""
 
     def forget(self, copy: int) -> None:
         """Give back what `keep` returned."""
@@ -101,31 +126,52 @@ class EngineTransfers:
         self._in_place = in_place
         self._settings: TransferSettings | None = None
 
-    def load(
+    def bring(
         self,
-        parts: Sequence[Part],
+        steps: Iterable[Step],
+        total: int,
         *,
-        priority: int = 0,
-        progress: Progress | None = None,
-        cancelled: Callable[[], bool] | None = None,
+        arrived: Callable[[int], None] | None = None,
+        **options: Unpack[TransferOptions],
     ) -> None:
-        """Read with several threads into page-locked buffers, and copy over the links that are free."""
-        if not parts:
-            return
-        settings = self._configure()
-        size = sum(part.size for part in parts)
-        numbers: dict[Path, int] = {}
-        named = [(numbers.setdefault(p.path, len(numbers)), p.offset, p.size, p.address) for p in parts]
-        transfer = self._engine.load(
-            self._target,
-            [os.fspath(path) for path in numbers],
-            named,
-            priority,
-            self._paths(size),
-            _around_cache(settings, size),
-            self._in_place,
-        )
-        self._finish(transfer, progress, cancelled)
+        """Read files with several threads into page-locked buffers, and copy over the links that are free."""
+        settings, paths = self._configure(), self._paths(total)
+        around_cache = _around_cache(settings, total)
+        priority = options.get("priority", 0)
+        on_the_way: list[list[_native.Transfer]] = []
+        try:
+            for step in steps:
+                started: list[_native.Transfer] = []
+                on_the_way.append(started)
+                if step.copies:
+                    spans = [(copy, address, size) for address, copy, size in step.copies]
+                    started.append(self._engine.copy(self._target, True, spans, priority, paths))
+                if step.parts:
+                    files: dict[Path, int] = {}
+                    parts = [
+                        (files.setdefault(p.path, len(files)), p.offset, p.size, p.address)
+                        for p in step.parts
+                    ]
+                    names = [os.fspath(path) for path in files]
+                    in_place = self._in_place or step.in_place
+                    started.append(
+                        self._engine.load(self._target, names, parts, priority, paths, around_cache, in_place)
+                    )
+            done = 0
+            for number, started in enumerate(on_the_way):
+                for transfer in started:
+                    done += self._wait(transfer, done, total, options)
+                if arrived:
+                    arrived(number)
+        except BaseException:  # Ctrl-C too
+            every = [transfer for started in on_the_way for transfer in started]
+            for transfer in every:
+                transfer.cancel()
+            for transfer in every:
+                _wait_for(transfer)
+            raise
+        if progress := options.get("progress"):
+            progress(total, total)
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
         """Copy to page-locked memory."""
@@ -135,26 +181,18 @@ class EngineTransfers:
                 made.append(self._engine.take_buffer(size)[0])
             todo = [(copy, address, size) for copy, (address, size) in zip(made, spans, strict=True)]
             size = sum(size for _, size in spans)
-            self._finish(self._engine.copy(self._target, False, todo, 0, self._paths(size)), None, None)
+            transfer = self._engine.copy(self._target, False, todo, 0, self._paths(size))
+            try:
+                self._wait(transfer, 0, size, {})
+            except BaseException:
+                transfer.cancel()
+                _wait_for(transfer)
+                raise
         except BaseException:
             for copy in made:
                 self._engine.give_buffer(copy)
             raise
         return made
-
-    def restore(
-        self,
-        copies: Sequence[tuple[int, int, int]],
-        *,
-        priority: int = 0,
-        progress: Progress | None = None,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> None:
-        """Copy page-locked memory at the rate of the links."""
-        todo = [(copy, address, size) for address, copy, size in copies]
-        size = sum(size for _, _, size in copies)
-        transfer = self._engine.copy(self._target, True, todo, priority, self._paths(size))
-        self._finish(transfer, progress, cancelled)
 
     def forget(self, copy: int) -> None:
         """Give page-locked memory back."""
@@ -174,23 +212,15 @@ class EngineTransfers:
             self._settings = settings
         return settings
 
-    def _finish(
-        self,
-        transfer: _native.Transfer,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> None:
-        try:
-            while not transfer.wait(LOOK):
-                if progress:
-                    view = transfer.view()
-                    progress(view["done"], view["bytes"])
-                if cancelled and cancelled():
-                    transfer.cancel()
-        except BaseException:  # Ctrl-C
-            transfer.cancel()
-            _wait(transfer)
-            raise
+    @staticmethod
+    def _wait(transfer: _native.Transfer, before: int, total: int, options: TransferOptions) -> int:
+        """Wait for one transfer; returns its bytes. `before`: those of others that are there."""
+        progress, cancelled = options.get("progress"), options.get("cancelled")
+        while not transfer.wait(LOOK):
+            if progress:
+                progress(before + int(transfer.view()["done"]), total)
+            if cancelled and cancelled():
+                transfer.cancel()
         view = transfer.view()
         for lost in view["lost_links"]:
             _log.warning("a path of transfers failed, and the others go on without it: %s", lost)
@@ -199,13 +229,12 @@ class EngineTransfers:
             raise OSError(code, os.strerror(code) if code else f"the file ends {missing} bytes early", path)
         if view["link_error"]:
             raise DriverError(view["link_error"])
-        if view["cancelled"]:
+        if view["cancelled"] or (cancelled and cancelled()):
             raise CancelledError
-        if progress:
-            progress(view["bytes"], view["bytes"])
+        return int(view["bytes"])
 
 
-def _wait(transfer: _native.Transfer) -> None:
+def _wait_for(transfer: _native.Transfer) -> None:
     """Until it has ended, whatever comes."""
     while True:
         try:

@@ -52,6 +52,10 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "alone has; active: activations and workspaces in use; idle: kept for the next run.",
         (*PROCESS, "kind"),
     ),
+    "glake_process_offloaded_bytes": (
+        "Weights of a process that lie in memory of the host, which its device reads over the link.",
+        PROCESS,
+    ),
     "glake_process_pool_limit_bytes": ("The bound on what a process's pool holds.", PROCESS),
     "glake_process_pool_peak_bytes": ("The most that a process's pool ever held.", PROCESS),
     "glake_process_quota_bytes": (
@@ -153,6 +157,7 @@ def _process(device: str, process: ProcessStatus) -> Iterator[Sample]:
     labels = (device, str(process.pid), process.name)
     for kind, size in {"shared": pool.shared, **private_of(process)}.items():
         yield "glake_process_pool_bytes", (*labels, kind), size
+    yield "glake_process_offloaded_bytes", labels, pool.offloaded
     yield "glake_process_pool_limit_bytes", labels, pool.limit
     yield "glake_process_pool_peak_bytes", labels, pool.peak_reserved
     if pool.quota is not None:

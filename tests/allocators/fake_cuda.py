@@ -28,7 +28,18 @@ int cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
 int cuDeviceGet(int *device, int index) { *device = index; return index < DEVICES ? 0 : 101; }
 int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "Fake GPU %d", device); return 0; }
 int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = (80ul + device) << 30; return 0; }
-int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = VMM; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  *value = attribute == 141 ? HOST : attribute == 134 ? -1 : VMM;
+  return 0;
+}
+int cuMemGetAllocationGranularity(unsigned long *bytes, const void *properties, int kind) {
+  *bytes = 2ul << 20;
+  return MEMORY;
+}
+int cuStreamCreate(void **stream, unsigned flags) { *stream = (void *)8; return MEMORY; }
+int cuMemCreate(void **handle, unsigned long bytes, const void *properties, unsigned long long flags) {
+  return CREATE;
+}
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)8; return RETAIN; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 """
@@ -42,13 +53,24 @@ def symbols() -> list[str]:
 
 
 def build(
-    folder, *, version=13000, devices=1, init="CUDA_SUCCESS", vmm=1, retain="CUDA_SUCCESS", without=()
+    folder,
+    *,
+    version=13000,
+    devices=1,
+    init="CUDA_SUCCESS",
+    vmm=1,
+    retain="CUDA_SUCCESS",
+    host=1,
+    memory="CUDA_ERROR_NOT_SUPPORTED",
+    create="CUDA_ERROR_NOT_SUPPORTED",
+    without=(),
 ) -> Path:
     """Compile a driver into `folder` and return the folder; `without` are symbols that it lacks."""
     names = "".join(f'case {code}: *name = "{name}"; return 0;' for name, code in CODES.items())
     source = SOURCE.replace("NAMES", names)
     for key, value in {"VERSION": version, "DEVICES": devices, "INIT": CODES[init], "VMM": vmm,
-                       "RETAIN": CODES[retain]}.items():  # fmt: skip
+                       "RETAIN": CODES[retain], "HOST": host, "MEMORY": CODES[memory],
+                       "CREATE": CODES[create]}.items():  # fmt: skip
         source = source.replace(key, str(value))
     source += "".join(REFUSE.format(symbol=s) for s in symbols() if f" {s}(" not in source)
     for symbol in without:

@@ -101,5 +101,22 @@ def test_a_device_that_cannot_have_a_pool(tmp_path, driver, expected):
         assert "cuda:0 (Fake GPU 0)" in line
 
 
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        ({"host": 0}, 'offload="none"'),
+        ({"create": "CUDA_ERROR_OUT_OF_MEMORY"}, "no memory left that could be page-locked"),
+        ({}, "CUDA_ERROR_NOT_SUPPORTED"),
+    ],
+)
+def test_memory_of_the_host_that_cannot_be_had(tmp_path, driver, expected):
+    folder = fake_cuda.build(tmp_path, memory="CUDA_SUCCESS", **driver)
+    size, line = ask(folder, "cuda_memory(0).granularity_on_host", "cuda_memory(0).create_on_host(1 << 21)")
+    assert size == ("0" if driver.get("host") == 0 else "2097152")
+    assert line.startswith("DriverError: creating 2097152 bytes of host memory for cuda:0 (Fake GPU 0)")
+    assert expected in line
+    assert "nvidia-smi" not in line  # the device is not what is full
+
+
 def test_every_function_of_the_table_is_looked_for():
     assert len(set(fake_cuda.symbols())) == len(fake_cuda.symbols()) > 40

@@ -1,5 +1,6 @@
 """Weights in the native pool: chunks that come and go, and never while work that reads them is queued."""
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -27,6 +28,8 @@ def fill(pool, user, value):
     """Begin a use and load what is missing."""
     chunks = pool.begin_use(user)
     for chunk in chunks:
+        with contextlib.suppress(InvalidPointerError):  # all but those on the host have memory already
+            pool.make(chunk)
         ctypes.memset(pool.address_of(chunk), value, MiB)
     pool.loaded(user, chunks)
     return chunks
@@ -41,8 +44,8 @@ def test_a_use_loads_what_is_missing_and_figures_follow(pool):
     region, address, chunks, user = make(pool, 3)
     assert pool.stats()["reserved"] == 0
     assert pool.user(user) | {"idle_seconds": 0} == {
-        "bytes": 3 * MiB, "missing": 3 * MiB, "busy": 0, "awake": False, "evictable": False, "priority": 0,
-        "idle_seconds": 0}  # fmt: skip
+        "bytes": 3 * MiB, "missing": 3 * MiB, "missing_on_host": 0, "busy": 0, "awake": False, "evictable": False,
+        "priority": 0, "idle_seconds": 0}  # fmt: skip
     assert fill(pool, user, 7) == chunks
     assert [pool.address_of(c) for c in chunks] == [address + i * MiB for i in range(3)]
     assert pool.user(user)["missing"] == 0
@@ -220,3 +223,137 @@ def test_debug_mode_counts_weights_too():
     pool.remove_user(user)
     pool.trim()
     pool.configure("off")
+
+
+def host(pool, count, **policy):
+    region, address, chunks = pool.place_weights([(MiB, MiB - 10, 0, False)] * count, "memory", on_host=True)
+    return region, address, chunks, pool.add_user(chunks, **policy)
+
+
+def figures(pool):
+    stats = pool.stats()
+    return tuple(stats[name] for name in ("reserved", "active", "requested", "weights", "offloaded"))
+
+
+def test_what_is_on_the_host_is_counted_apart_and_needs_no_room(pool):
+    region, address, chunks, user = host(pool, 20)  # the limit is 16
+    assert figures(pool) == (0, 0, 0, 0, 0)
+    assert fill(pool, user, 7) == chunks
+    assert ctypes.string_at(address, 20 * MiB) == b"\7" * (20 * MiB)
+    assert figures(pool) == (0, 0, 0, 0, 20 * MiB)
+    assert pool.resident_in(region) == 20 * MiB
+    pool.deallocate(pool.allocate(16 * MiB))  # all of the limit
+    assert pool.holders() == []
+    pool.end_use(user)
+    assert pool.suspend(user) == 20 * MiB
+    assert figures(pool)[-1] == 0
+    view = pool.user(user)
+    assert view["missing"] == view["missing_on_host"] == view["bytes"] == 20 * MiB
+    assert fill(pool, user, 8) == chunks
+    assert ctypes.string_at(address, 20 * MiB) == b"\x08" * (20 * MiB)
+    pool.end_use(user)
+    pool.remove_user(user)  # nobody would ever need its room: it is not kept
+    assert figures(pool)[-1] == pool.resident_in(region) == 0
+    pool.remove_region(region)
+
+
+def test_eviction_never_takes_what_is_on_the_host(pool):
+    _, _, _, far = host(pool, 4, evictable=True)
+    _, _, _, near = make(pool, 8, evictable=True)
+    for user in (far, near):
+        fill(pool, user, 1)
+        pool.end_use(user)
+    held = pool.allocate(14 * MiB)
+    assert (pool.user(far)["missing"], pool.user(near)["missing"]) == (0, 6 * MiB)
+    with pytest.raises(OutOfMemoryError) as caught:
+        pool.allocate(4 * MiB)
+    assert caught.value.needed_limit == 20 * MiB  # all but what is on the host
+    assert pool.user(far)["missing"] == 0
+    pool.set_limit(14 * MiB)
+    pool.trim()
+    assert pool.stats()["offloaded"] == 4 * MiB
+    pool.deallocate(held)
+
+
+def test_no_room_counts_what_is_on_the_device_alone(pool):
+    _, _, one, _ = host(pool, 30)
+    _, _, two, _ = make(pool, 17)
+    user = pool.add_user([*one, *two])
+    with pytest.raises(OutOfMemoryError) as caught:
+        pool.begin_use(user)
+    assert (caught.value.requested, caught.value.needed_limit) == (17 * MiB, 17 * MiB)
+    assert figures(pool) == (0, 0, 0, 0, 0)
+    pool.set_limit(17 * MiB)
+    fill(pool, user, 1)
+    assert figures(pool)[::4] == (17 * MiB, 30 * MiB)
+    pool.end_use(user)
+
+
+@pytest.mark.parametrize("calls", range(9))
+def test_a_refusal_on_the_host_leaves_nothing(pool, calls):
+    _, address, chunks, _ = host(pool, 2)
+    user = pool.add_user([*chunks, *make(pool, 2)[2]])
+    pool.inject_failure(calls, 1000)
+    if calls < 8:
+        begun = []
+
+        def begin():
+            begun.extend(pool.begin_use(user))
+            for chunk in chunks:
+                pool.make(chunk)
+
+        with pytest.raises(DriverError, match="injected"):
+            begin()
+        if begun:
+            pool.load_failed(user, begun)
+        assert figures(pool) == (0, 0, 0, 0, 0)
+        pool.check_invariants()
+    pool.inject_failure(-1)
+    fill(pool, user, 3)
+    assert ctypes.string_at(address, 10) == b"\3" * 10
+    assert figures(pool)[::4] == (2 * MiB, 2 * MiB)
+    pool.end_use(user)
+
+
+def test_what_is_on_the_host_goes_only_when_queued_work_has_passed(pool, device):
+    region, address, _, user = host(pool, 4)
+    stream = device.new_stream()
+    for turn, way in enumerate(["suspend", "remove"]):
+        fill(pool, user, turn)
+        device.enqueue_delay(stream, 20_000)
+        device.enqueue_check(stream, address, 4 * MiB, turn)
+        pool.end_use(user)
+        pool.suspend(user) if way == "suspend" else pool.remove_user(user)
+        assert pool.stats()["offloaded"] == 0
+    pool.remove_region(region)
+    device.synchronize_stream(stream)
+    assert (device.mismatches, device.misuses) == (0, 0)
+
+
+def test_only_memory_of_its_own_is_on_the_host(pool):
+    for kind in ("file", "shared"):
+        with pytest.raises(InvalidPointerError, match="its kind is memory"):
+            pool.place_weights([(MiB, MiB, 0, False)], kind, on_host=True)
+    _, _, chunks, user = host(pool, 1)
+    fill(pool, user, 4)
+    _, address, again = pool.place_weights([(MiB, MiB, chunks[0], False)], "memory")  # stays where it is
+    assert again == chunks
+    assert ctypes.string_at(address, 10) == b"\4" * 10
+    assert figures(pool) == (0, 0, 0, 0, MiB)
+    pool.end_use(user)
+
+
+def test_room_is_what_the_limit_has_when_all_is_gone_that_may_go(pool):
+    _, _, mine, _ = make(pool, 3)
+    _, _, other, evictable = make(pool, 2, evictable=True)
+    _, _, far, _ = host(pool, 5)
+    assert pool.room_for([*mine, *mine, *far]) == (3 * MiB, 16 * MiB)
+    fill(pool, evictable, 1)
+    assert pool.room_for(mine) == (3 * MiB, 14 * MiB)  # it is busy
+    pool.end_use(evictable)
+    assert pool.room_for(mine) == (3 * MiB, 16 * MiB)
+    assert pool.room_for([*mine, *other]) == (3 * MiB, 14 * MiB)  # what is to be used is not to go
+    held = pool.allocate(4 * MiB)
+    assert pool.room_for(mine) == (3 * MiB, 12 * MiB)
+    pool.deallocate(held)
+    assert pool.room_for(mine) == (3 * MiB, 16 * MiB)

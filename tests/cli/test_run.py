@@ -82,6 +82,7 @@ def test_an_onnx_model_leaves_no_package_behind(own_shop):
         (["run", "a.glake", "--input", "input_idz=ids.npy"], "input_ids"),
         (["run", "a.glake", "--input", "input_ids=floats.npy"], "astype"),
         (["run", "a.glake", "--shape", "input_ids=1,4000"], "--shape"),
+        (["run", "a.glake", "--offload", "much"], "'auto'"),
         (["run", "a.glake", "--save", "a.onnx"], "a.onnx"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -90,3 +91,13 @@ def test_bad_input_is_explained(shop, arguments, message):
     np.save(shop.folder / "ids.npy", np.ones((1, 3), np.int64))
     np.save(shop.folder / "floats.npy", np.ones((1, 3), np.float32))
     assert message in shop.error(*arguments)
+
+
+@pytest.mark.parametrize("offload", ["auto", "1GiB"])
+def test_offload_is_for_gpus(shop, offload):
+    report = shop.json("run", "a.glake", "--offload", offload)
+    (model,) = report["models"]
+    assert "changes nothing on the CPU" in model["notes"][-1]
+    assert model["memory"]["offloaded"] == report["memory"]["offloaded"] == 0
+    out, _ = shop.run("run", "a.glake", "--offload", "none")
+    assert "On the host" not in out

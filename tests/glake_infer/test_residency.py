@@ -496,3 +496,112 @@ def test_pages_that_this_process_mapped_by_itself_are_dropped(tmp_path):
     drop_pages(mappings_of([file]))
     assert mapped[0:1] == b"x"
     mapped.close()
+
+
+def test_weights_on_the_host_have_their_bytes_and_take_none_of_the_limit(folder, pool, copies):
+    pool.limit = 8 * MiB
+    near = [wanted(folder, os.urandom(3 * MiB + 5), group="near")]
+    far = [
+        wanted(folder, os.urandom(size), group=n, on_host=True)
+        for n, size in enumerate((9 * MiB, 70_000, 5 * MiB))
+    ]
+    items = [far[0], *near, *far[1:]]
+    assert copies.room(items) == (pytest.approx(3 * MiB, abs=128 * KiB), 8 * MiB)
+    holding = copies.hold(items, 1)
+    needed, _ = copies.room(items)
+    check(holding, items)
+    stats = pool.stats()
+    assert stats.reserved == needed == copies.room(near)[0] + stats.reserved
+    assert 14 * MiB + 70_000 <= stats.offloaded <= 14 * MiB + 70_000 + 3 * 64 * KiB
+    assert stats.weights == 3 * MiB + 5
+    weighed = holding.weigh()
+    assert (weighed.own, weighed.offloaded) == (17 * MiB + 70_005, 14 * MiB + 70_000)
+    pool.deallocate(pool.allocate(4 * MiB))
+    pool.trim()
+    addresses = dict(holding.addresses)
+    assert holding.suspend() == stats.reserved + stats.offloaded == holding.weigh().asleep
+    assert (pool.stats().reserved, pool.stats().offloaded) == (0, 0)
+    check(holding, items)
+    assert holding.addresses == addresses
+    assert copies.placed([i.digest for i in items]) == {i.digest: i.on_host for i in items}
+    holding.close()
+    assert pool.stats().offloaded == 0
+    assert copies.placed([i.digest for i in items]) == {}
+
+
+@pytest.mark.parametrize("first", ["device", "host"])
+def test_a_weight_that_another_model_has_is_shared_where_it_is(folder, pool, copies, first):
+    data = os.urandom(2 * MiB)
+    near, far = wanted(folder, data), wanted(folder, data, on_host=True)
+    one = copies.hold([near if first == "device" else far], 1)
+    check(one, [near])
+    two = copies.hold([far if first == "device" else near], 2)
+    assert one.addresses == two.addresses
+    check(two, [near])
+    figures = (pool.stats().reserved, pool.stats().offloaded)
+    assert figures == ((2 * MiB, 0) if first == "device" else (0, 2 * MiB))
+    assert one.weigh().offloaded == two.weigh().offloaded == figures[1]
+    assert one.suspend() == 0
+    one.close()
+    check(two, [near])
+    two.close()
+
+
+def test_what_no_model_has_moves_to_where_it_is_wanted(folder, pool, copies):
+    data, other = os.urandom(2 * MiB), wanted(folder, os.urandom(MiB))
+    first = copies.hold([wanted(folder, data), other], 1)
+    check(first, [wanted(folder, data)])
+    first.close()
+    assert pool.stats().unused_weights == 3 * MiB
+    far = wanted(folder, data, on_host=True)
+    assert copies.room([far, other])[0] == MiB
+    second = copies.hold([far, other], 2)
+    check(second, [far, other])
+    assert (pool.stats().reserved, pool.stats().offloaded) == (MiB, 2 * MiB)
+    second.close()
+    near = copies.hold([wanted(folder, data)], 3)
+    check(near, [wanted(folder, data)])
+    assert pool.stats().offloaded == 0
+    near.close()
+
+
+def test_no_copies_are_kept_of_what_is_on_the_host(folder, pool, copies):
+    near, far = wanted(folder, os.urandom(MiB)), wanted(folder, os.urandom(2 * MiB), on_host=True)
+    holding = copies.hold([near, far], 1, host_copy="pinned")
+    check(holding, [near, far])
+    assert holding.weigh().pinned == MiB
+    holding.suspend()
+    check(holding, [near, far])
+    holding.close()
+
+
+def test_room_counts_what_a_load_would_add(folder, pool, copies):
+    """Weights that are there, tails and versions of large weights included."""
+    trunk = wanted(folder, os.urandom(40_000))  # leaves a tail
+    first = copies.hold([trunk], 1, evictable=True)
+    check(first, [trunk])
+    head = wanted(folder, os.urandom(10_000))
+    assert copies.room([trunk, head]) == (0, 64 * MiB - 64 * KiB)
+    assert copies.room([head]) == (0, 64 * MiB - 64 * KiB)
+    large = parted(folder, os.urandom(20 * MiB))
+    assert copies.room([large]) == (20 * MiB, 64 * MiB)  # the other one may go
+    first.suspend()
+    assert copies.room([trunk, large]) == (20 * MiB + 64 * KiB, 64 * MiB)
+    first.close()
+
+
+@pytest.mark.parametrize("calls", range(0, 16, 2))
+def test_a_driver_that_refuses_memory_of_the_host_leaves_nothing(folder, pool, copies, calls):
+    items = [wanted(folder, os.urandom(MiB), group=n, on_host=n > 0) for n in range(3)]
+    native, holding = pool._open(), None
+    native.inject_failure(calls, 1000)
+    try:
+        holding = copies.hold(items, 1)
+        check(holding, items)
+    except gi.DriverError:
+        pool.check_invariants()
+        assert (pool.stats().active, pool.stats().offloaded) == (0, 0)
+    native.inject_failure(-1)
+    holding = holding or copies.hold(items, 2)
+    check(holding, items)
+    holding.close()

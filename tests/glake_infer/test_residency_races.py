@@ -124,20 +124,21 @@ def test_a_copy_that_is_read_is_not_given_back(pool, table, folder, monkeypatch)
     dev = table._device
     freed = set()
     bad = []
-    rf, rr = dev.forget, dev.restore
+    rf, rb = dev.forget, dev.bring
 
     def forget(copy):
         freed.add(copy)
         rf(copy)
 
-    def restore(copies, **options):
+    def bring(steps, total, **options):
         keeper.close()  # as another thread may at this moment
-        bad.extend(c for _, c, _ in copies if c in freed)
+        steps = list(steps)
+        bad.extend(c for step in steps for _, c, _ in step.copies if c in freed)
         if not bad:
-            rr(copies, **options)
+            rb(steps, total, **options)
 
     monkeypatch.setattr(dev, "forget", forget, raising=False)
-    monkeypatch.setattr(dev, "restore", restore, raising=False)
+    monkeypatch.setattr(dev, "bring", bring, raising=False)
     with other:
         pass
     assert not bad, "restored from memory that was given back"

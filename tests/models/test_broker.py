@@ -1203,3 +1203,14 @@ def test_many_threads_of_three_processes(machine, never_above, limit, seconds):
     left = machine.broker.cpu
     assert not any(chunk.processes for chunk in left.chunks)
     assert left.used == (left.weights if limit else 0)
+
+
+def test_weights_of_a_broker_do_not_lie_in_one_process(machine):
+    machine.start()
+    (worker,) = machine.workers(1, limit="64MiB")
+    for options in ("offload='1MiB'", "offload='auto', headroom='1GiB'"):
+        with pytest.raises(gi.InputError, match=r"make the pool on 'cpu' with broker='off'"):
+            worker(f"load('a', {options})")
+    assert worker("load('a', offload='auto', headroom='1MiB')") is None  # it needs nothing
+    assert worker("run('a')")
+    machine.audit([worker])
