@@ -54,6 +54,8 @@ namespace glake {
   F(mem_host_free, "cuMemFreeHost", CUresult (*)(void*))                                                           \
   F(mem_host_register, "cuMemHostRegister_v2", CUresult (*)(void*, std::size_t, unsigned))                         \
   F(mem_host_unregister, "cuMemHostUnregister", CUresult (*)(void*))                                               \
+  F(mem_address_range, "cuMemGetAddressRange_v2", CUresult (*)(CUdeviceptr*, std::size_t*, CUdeviceptr))           \
+  F(stream_query, "cuStreamQuery", CUresult (*)(CUstream))                                                         \
   F(can_access_peer, "cuDeviceCanAccessPeer", CUresult (*)(int*, CUdevice, CUdevice))                              \
   F(launch_host_func, "cuLaunchHostFunc", CUresult (*)(CUstream, CUhostFn, void*))                                 \
   F(memset_async, "cuMemsetD8Async", CUresult (*)(CUdeviceptr, unsigned char, std::size_t, CUstream))              \

@@ -1,5 +1,7 @@
 #include "cuda_link.hpp"
 
+#include <thread>
+
 namespace glake {
 
 namespace {
@@ -64,10 +66,14 @@ void record(const CudaContext& context, CUevent event, CUstream stream) {
   context.check(context.driver.event_record(event, stream), "marking a copy (cuEventRecord)");
 }
 
+// Without sleeping, which costs more than a copy takes, and without keeping a processor from threads that are to run
+// there: the driver's own wait spins until the scheduler takes it away, 4 ms later.
 void wait_for(const CudaContext& context, CUstream stream) {
   const CurrentContext current(context);
   const RelaxedCapture relaxed(context.driver);
-  context.check(context.driver.stream_synchronize(stream), "waiting for a copy (cuStreamSynchronize)");
+  CUresult result = CUDA_ERROR_NOT_READY;
+  while ((result = context.driver.stream_query(stream)) == CUDA_ERROR_NOT_READY) std::this_thread::yield();
+  context.check(result, "waiting for a copy (cuStreamQuery)");
 }
 
 }  // namespace
@@ -117,8 +123,14 @@ CudaRelay::CudaRelay(std::shared_ptr<const CudaContext> own, std::shared_ptr<con
   access[1].location = {CU_MEM_LOCATION_TYPE_DEVICE, {own_->device()}};
   for (CUmemAccessDesc& each : access) each.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   const CurrentContext current(*peer_);
-  peer_->check(driver_.mem_set_access(staging_, bytes, access.data(), access.size()),
-               "letting another GPU use memory (cuMemSetAccess)", bytes);
+  for (CUdeviceptr place = staging_; place < staging_ + bytes;) {  // of whole mappings, as access is theirs
+    CUdeviceptr base = 0;
+    std::size_t size = 0;
+    peer_->check(driver_.mem_address_range(&base, &size, place), "asking how memory is mapped (cuMemGetAddressRange)");
+    peer_->check(driver_.mem_set_access(base, size, access.data(), access.size()),
+                 "letting another GPU use memory (cuMemSetAccess)", size);
+    place = base + size;
+  }
 }
 
 CudaRelay::~CudaRelay() {

@@ -27,9 +27,10 @@ constexpr std::size_t pieces_per_path = 8;   // so that the end of a transfer is
 constexpr std::chrono::microseconds look_again{200};
 constexpr std::chrono::microseconds spins{60};  // what it takes to wake a thread up in a virtual machine
 constexpr unsigned most_spinning = 2;           // readers; the others sleep, and are as many as are not needed
-constexpr int tries = 400;                      // of the mutex
-constexpr double known_for = 1e-3;              // seconds that a rate which is known stands for
-constexpr double fading = 0.85;                 // weight of what was copied before in the rate of a lane
+constexpr int pauses = 16;          // between two yields: who has the mutex may be waiting for this very processor
+constexpr int tries = 400;          // of the mutex
+constexpr double known_for = 1e-3;  // seconds that a rate which is known stands for
+constexpr double fading = 0.85;     // weight of what was copied before in the rate of a lane
 constexpr std::size_t most_events = std::size_t{1} << 20;
 
 std::int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
@@ -372,7 +373,7 @@ TransferEngine::Lock TransferEngine::locked() const {
 void TransferEngine::relock(Lock& lock) {
   for (int i = 0; i < tries; ++i) {
     if (lock.try_lock()) return;
-    pause();
+    i % pauses == pauses - 1 ? std::this_thread::yield() : pause();
   }
   lock.lock();
 }
@@ -384,7 +385,7 @@ bool TransferEngine::spin(Lock& lock, const Found& found) {
     if (found()) return true;
     const std::uint64_t before = changes_.load(std::memory_order_acquire);
     lock.unlock();
-    while (changes_.load(std::memory_order_acquire) == before && Clock::now() < end) pause();
+    while (changes_.load(std::memory_order_acquire) == before && Clock::now() < end) std::this_thread::yield();
     relock(lock);
     if (Clock::now() >= end) return found();
   }

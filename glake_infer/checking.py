@@ -70,15 +70,22 @@ class Checker:
         """Check files, and return when they are right."""
         self.beside(files, lambda failed: None)
 
-    def beside(self, files: Iterable[File], work: Callable[[Callable[[], bool]], object]) -> None:
+    def beside(
+        self,
+        files: Iterable[File],
+        work: Callable[[Callable[[], bool]], object],
+        begun: Checking | None = None,
+    ) -> None:
         """Check files while `work` reads them, and return when both are done; again where a file changed meanwhile.
 
         An error of either ends the other soon, and is raised: `work` gets a function that says whether a file was found
-        altered, and then raises CancelledError. What it read is not to be used then.
+        altered, and then raises CancelledError. What it read is not to be used then. `begun`: checks of these files, and
+        the work, are on their way.
         """
         files = list(files)
         for _ in range(ATTEMPTS):
-            with self.begin(files) as checking:
+            checking, begun = begun or self.begin(files), None
+            with checking:
                 try:
                     work(lambda checking=checking: checking.failed)  # type: ignore[misc]
                 except CancelledError:

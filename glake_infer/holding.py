@@ -139,16 +139,26 @@ class Holding:
             return
         chunks = self._native.begin_use(self._number, True)
         errors: list[BaseException] = []
+        filling = table._fill_in_steps(self, chunks, later=True)
 
         def bring() -> None:
             try:
-                table._bring_in(self, chunks, later=True)
+                table._loaded(self, chunks, filling)
             except BaseException as error:
                 errors.append(error)
 
         bringing = threading.Thread(target=bring, name="glake-infer weights", daemon=True)
         if chunks:
-            bringing.start()
+            try:
+                next(filling)
+                bringing.start()
+            except BaseException as error:
+                filling.close()
+                with contextlib.suppress(OutOfMemoryError):
+                    table._failed(self, chunks, error)
+                with self:  # the device is full: wait for room, if others may make some
+                    yield
+                return
         failure: BaseException | None = None
         try:
             try:

@@ -29,10 +29,10 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from glake_infer import layout
@@ -53,6 +53,7 @@ from glake_infer.sharing.share import Share, placed_alone
 from glake_infer.sharing.status import TransferStatus
 from glake_infer.store import ObjectFolder
 from glake_infer.transfers.device import (
+    Bringing,
     Copied,
     CudaTransfers,
     Device,
@@ -126,6 +127,18 @@ class _Fill:
     @property
     def bytes(self) -> int:
         return sum(part.size for part in self.parts) + sum(size for _, _, size in self.copies)
+
+
+Filling: TypeAlias = Generator[None, None, int]
+
+
+def _finish(filling: Filling) -> int:
+    """The second step of a filling that has begun."""
+    try:
+        next(filling)
+    except StopIteration as end:
+        return int(end.value)
+    raise AssertionError("a filling has two steps")
 
 
 def _grouped(fills: list[_Fill]) -> Iterator[list[_Fill]]:
@@ -697,11 +710,17 @@ class Residency:
     ) -> None:
         """As `_bring`; after an error `_failed` has to be called by the thread that began the use."""
         if own := [chunk for chunk in chunks if not (self.share and self.share.has(chunk))]:
-            self._fill(holding, own, later=later)
-            self._native.loaded(holding._number, own)
+            filling = self._fill_in_steps(holding, own, later=later)
+            next(filling)
+            self._loaded(holding, own, filling)
         if self.share and (shared := [chunk for chunk in chunks if self.share.has(chunk)]):
             fill = functools.partial(self._fill, holding)
             self.share.bring(holding._number, shared, fill, self._verify_chunks, alone=alone)
+
+    def _loaded(self, holding: Holding, chunks: list[int], filling: Filling) -> None:
+        """Wait until chunks are filled, and say so to the native pool."""
+        _finish(filling)
+        self._native.loaded(holding._number, chunks)
 
     def _failed(self, holding: Holding, chunks: list[int], error: BaseException) -> NoReturn:
         """Chunks of a use, which ends, could not be filled."""
@@ -726,8 +745,17 @@ class Residency:
                         files.append(ours if ours and ours.path.absolute() == file.path else file)
         self._checker.beside(files, lambda failed: copy())
 
-    def _fill(self, holding: Holding, chunks: list[int], *, later: bool = False) -> int:
-        """Write the bytes of chunks, having made memory for them if that was to come `later`; returns how many."""
+    def _fill(self, holding: Holding, chunks: list[int]) -> int:
+        """Write the bytes of chunks; returns how many."""
+        filling = self._fill_in_steps(holding, chunks, later=False)
+        next(filling)
+        return _finish(filling)
+
+    def _fill_in_steps(self, holding: Holding, chunks: list[int], *, later: bool) -> Filling:
+        """Write the bytes of chunks in two steps: the first begins that, the second waits for the end.
+
+        It returns how many they were. `later`: the chunks have yet to get their memory.
+        """
         native = self._native
         items: list[Wanted] = []
         borrowed: list[tuple[int, _Copy]] = []
@@ -761,6 +789,7 @@ class Residency:
                 items = [e.wanted for e in entries if e and not self._shares(e.wanted)]
             files = [item.file for item in items]
             if not self._copies or any(item.by_file for item in items):
+                yield
                 self._checker.check(files)
                 for chunk, part in zip(chunks, parts, strict=True):
                     with open(part.path, "rb") as file:  # noqa: PTH123
@@ -769,7 +798,7 @@ class Residency:
             else:
                 if parts:
                     holding._kept = -1  # of those that come and go, the ones that came last have copies
-                self._bring_fills(files, fills, holding)
+                yield from self._bring_fills(files, fills, holding)
             with self._locked():
                 for chunk, owner in filled:
                     self._is_filled(chunk, owner)
@@ -789,8 +818,11 @@ class Residency:
             self._rate = done / seconds
         return size
 
-    def _bring_fills(self, files: list[File], fills: list[_Fill], holding: Holding) -> None:
-        """Bring what fills chunks, and check the files beside that. Memory of some is made while others are filled."""
+    def _bring_fills(self, files: list[File], fills: list[_Fill], holding: Holding) -> Iterator[None]:
+        """Bring what fills chunks, and check the files beside that. Memory of some is made while others are filled.
+
+        In two steps, as `_fill_in_steps`.
+        """
         native, groups = self._native, list(_grouped(fills))
         freezes = len(groups) > 1 and self._process_writes_nothing
 
@@ -807,7 +839,7 @@ class Residency:
             for fill in groups[number] if freezes else ():
                 native.freeze(fill.chunk)
 
-        self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding, arrived)
+        yield from self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding, arrived)
 
     @property
     def _process_writes_nothing(self) -> bool:
@@ -821,15 +853,33 @@ class Residency:
         total: int,
         holding: Holding,
         arrived: Callable[[int], None] | None = None,
-    ) -> None:
+    ) -> Iterator[None]:
         given = holding.transfer
         stopped = given["cancelled"]
+        checking = self._checker.begin(files)
+        try:
+            started: list[Bringing] = [self._device.start(steps(), total, priority=given["priority"])]
+        except BaseException:
+            checking.cancel()
+            raise
 
         def bring(failed: Callable[[], bool]) -> None:
-            options: TransferOptions = {**given, "cancelled": lambda: bool(stopped and stopped()) or failed()}
-            self._device.bring(steps(), total, arrived=arrived, **options)
+            options: TransferOptions = {
+                **given,
+                "cancelled": lambda: bool(stopped and stopped()) or failed(),
+                "arrived": arrived,
+            }
+            if started:
+                started.pop().finish(**options)
+            else:  # a file has changed meanwhile
+                self._device.bring(steps(), total, **options)
 
-        self._checker.beside(files, bring)
+        try:
+            yield
+            self._checker.beside(files, bring, checking)
+        finally:
+            for each in started:
+                each.stop()
 
     def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
         """Whoever wanted a copy wants it no more; the last one frees it."""
@@ -871,7 +921,8 @@ class Residency:
                             shift = address - region.starts[region.chunks.index(chunk)]
                             moved += [replace(p, address=p.address + shift) for p in region.parts[chunk]]
                         size = sum(part.size for part in moved)
-                        self._bring_steps(files, functools.partial(iter, (Step(moved),)), size, holding)
+                        for _ in self._bring_steps(files, lambda moved=moved: [Step(moved)], size, holding):  # type: ignore[misc]
+                            pass
                     except OSError as error:
                         self._raise_altered(error)
                         raise

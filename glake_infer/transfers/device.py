@@ -78,6 +78,8 @@ class TransferOptions(TypedDict, total=False):
     """Called in the caller's thread."""
     cancelled: Callable[[], bool] | None
     """Asked now and then; once it is true the transfer ends, with CancelledError."""
+    arrived: Callable[[int], None] | None
+    """Called with the number of a step once that, and all before, are there."""
 
 
 class Device(Protocol):
@@ -86,19 +88,17 @@ class Device(Protocol):
     After any error, and Ctrl-C, nothing of the transfer is queued any more, and some of the bytes may be there.
     """
 
-    def bring(
-        self,
-        steps: Iterable[Step],
-        total: int,
-        *,
-        arrived: Callable[[int], None] | None = None,
-        **options: Unpack[TransferOptions],
-    ) -> None:
-        """Bring `total` bytes in steps; complete when this returns.
+    def start(self, steps: Iterable[Step], total: int, *, priority: int = 0) -> Bringing:
+        """Begin to bring `total` bytes in steps.
 
         Each step is on its way before the next is asked for, so that `steps` can make memory for one while others are
-        filled. `arrived` is called with the number of a step once that, and all before, are there. Raises OSError (with
-        the file's name), DriverError, CancelledError, and what `steps` and `arrived` do.
+        filled. Raises DriverError, and what `steps` does.
+        """
+
+    def bring(self, steps: Iterable[Step], total: int, **options: Unpack[TransferOptions]) -> None:
+        """Bring `total` bytes in steps; complete when this returns.
+
+        Raises OSError (with the file's name), DriverError, CancelledError, and what `steps` and `arrived` do.
         """
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -116,6 +116,58 @@ def device_for(name: str) -> Device:
     return HostTransfers.of_host() if name == "cpu" else CudaTransfers.of(int(name.removeprefix("cuda:")))
 
 
+class Bringing:
+    """What is on its way, step by step."""
+
+    def __init__(self, total: int) -> None:
+        """Use `Device.start`. `total`: bytes of all steps."""
+        self.steps: list[list[_native.Transfer]] = []
+        self._total = total
+
+    def finish(self, **options: Unpack[TransferOptions]) -> None:
+        """Wait until all is there. As `Device.bring`."""
+        done, arrived = 0, options.get("arrived")
+        try:
+            for number, started in enumerate(self.steps):
+                for transfer in started:
+                    done += self._wait(transfer, done, options)
+                if arrived:
+                    arrived(number)
+        except BaseException:  # Ctrl-C too
+            self.stop()
+            raise
+        if progress := options.get("progress"):
+            progress(self._total, self._total)
+
+    def stop(self) -> None:
+        """Stop it. Nothing is queued any more when this returns."""
+        every = [transfer for started in self.steps for transfer in started]
+        for transfer in every:
+            transfer.cancel()
+        for transfer in every:
+            _wait_for(transfer)
+
+    def _wait(self, transfer: _native.Transfer, before: int, options: TransferOptions) -> int:
+        """Wait for one transfer; returns its bytes. `before`: those of others that are there."""
+        progress, cancelled = options.get("progress"), options.get("cancelled")
+        while not transfer.wait(LOOK):
+            if progress:
+                progress(before + int(transfer.view()["done"]), self._total)
+            if cancelled and cancelled():
+                transfer.cancel()
+        view = transfer.view()
+        for lost in view["lost_links"]:
+            _log.warning("a path of transfers failed, and the others go on without it: %s", lost)
+        if view["read_error"]:
+            code, path, missing = view["read_error"]
+            raise OSError(code, os.strerror(code) if code else f"the file ends {missing} bytes early", path)
+        if view["link_error"]:
+            raise DriverError(view["link_error"])
+        if view["cancelled"] or (cancelled and cancelled()):
+            raise CancelledError
+        return int(view["bytes"])
+
+
 class EngineTransfers:
     """One device of an engine."""
 
@@ -126,23 +178,19 @@ class EngineTransfers:
         self._in_place = in_place
         self._settings: TransferSettings | None = None
 
-    def bring(
-        self,
-        steps: Iterable[Step],
-        total: int,
-        *,
-        arrived: Callable[[int], None] | None = None,
-        **options: Unpack[TransferOptions],
-    ) -> None:
+    def bring(self, steps: Iterable[Step], total: int, **options: Unpack[TransferOptions]) -> None:
+        """Start, and wait."""
+        self.start(steps, total, priority=options.get("priority", 0)).finish(**options)
+
+    def start(self, steps: Iterable[Step], total: int, *, priority: int = 0) -> Bringing:
         """Read files with several threads into page-locked buffers, and copy over the links that are free."""
         settings, paths = self._configure(), self._paths(total)
         around_cache = _around_cache(settings, total)
-        priority = options.get("priority", 0)
-        on_the_way: list[list[_native.Transfer]] = []
+        made = Bringing(total)
         try:
             for step in steps:
                 started: list[_native.Transfer] = []
-                on_the_way.append(started)
+                made.steps.append(started)
                 if step.copies:
                     spans = [(copy, address, size) for address, copy, size in step.copies]
                     started.append(self._engine.copy(self._target, True, spans, priority, paths))
@@ -157,21 +205,10 @@ class EngineTransfers:
                     started.append(
                         self._engine.load(self._target, names, parts, priority, paths, around_cache, in_place)
                     )
-            done = 0
-            for number, started in enumerate(on_the_way):
-                for transfer in started:
-                    done += self._wait(transfer, done, total, options)
-                if arrived:
-                    arrived(number)
-        except BaseException:  # Ctrl-C too
-            every = [transfer for started in on_the_way for transfer in started]
-            for transfer in every:
-                transfer.cancel()
-            for transfer in every:
-                _wait_for(transfer)
+        except BaseException:
+            made.stop()
             raise
-        if progress := options.get("progress"):
-            progress(total, total)
+        return made
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
         """Copy to page-locked memory."""
@@ -181,13 +218,9 @@ class EngineTransfers:
                 made.append(self._engine.take_buffer(size)[0])
             todo = [(copy, address, size) for copy, (address, size) in zip(made, spans, strict=True)]
             size = sum(size for _, size in spans)
-            transfer = self._engine.copy(self._target, False, todo, 0, self._paths(size))
-            try:
-                self._wait(transfer, 0, size, {})
-            except BaseException:
-                transfer.cancel()
-                _wait_for(transfer)
-                raise
+            bringing = Bringing(size)
+            bringing.steps.append([self._engine.copy(self._target, False, todo, 0, self._paths(size))])
+            bringing.finish()
         except BaseException:
             for copy in made:
                 self._engine.give_buffer(copy)
@@ -211,27 +244,6 @@ class EngineTransfers:
                 self._engine.set_options(settings.reader_count, SLOT, settings.in_flight, GAP)
             self._settings = settings
         return settings
-
-    @staticmethod
-    def _wait(transfer: _native.Transfer, before: int, total: int, options: TransferOptions) -> int:
-        """Wait for one transfer; returns its bytes. `before`: those of others that are there."""
-        progress, cancelled = options.get("progress"), options.get("cancelled")
-        while not transfer.wait(LOOK):
-            if progress:
-                progress(before + int(transfer.view()["done"]), total)
-            if cancelled and cancelled():
-                transfer.cancel()
-        view = transfer.view()
-        for lost in view["lost_links"]:
-            _log.warning("a path of transfers failed, and the others go on without it: %s", lost)
-        if view["read_error"]:
-            code, path, missing = view["read_error"]
-            raise OSError(code, os.strerror(code) if code else f"the file ends {missing} bytes early", path)
-        if view["link_error"]:
-            raise DriverError(view["link_error"])
-        if view["cancelled"] or (cancelled and cancelled()):
-            raise CancelledError
-        return int(view["bytes"])
 
 
 def _wait_for(transfer: _native.Transfer) -> None:

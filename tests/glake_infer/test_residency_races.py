@@ -124,21 +124,22 @@ def test_a_copy_that_is_read_is_not_given_back(pool, table, folder, monkeypatch)
     dev = table._device
     freed = set()
     bad = []
-    rf, rb = dev.forget, dev.bring
+    rf, rb = dev.forget, dev.start
 
     def forget(copy):
         freed.add(copy)
         rf(copy)
 
-    def bring(steps, total, **options):
+    def start(steps, total, **options):
         keeper.close()  # as another thread may at this moment
         steps = list(steps)
         bad.extend(c for step in steps for _, c, _ in step.copies if c in freed)
         if not bad:
-            rb(steps, total, **options)
+            return rb(steps, total, **options)
+        raise OSError
 
     monkeypatch.setattr(dev, "forget", forget, raising=False)
-    monkeypatch.setattr(dev, "bring", bring, raising=False)
+    monkeypatch.setattr(dev, "start", start, raising=False)
     with other:
         pass
     assert not bad, "restored from memory that was given back"
