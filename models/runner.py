@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -193,7 +194,13 @@ def _load_all(
             if progress:
                 progress("loading", number, len(paths))
             start = time.perf_counter()
-            model = runtime.load(package, sharing=sharing, threads=intra_op, configure=_quieten)
+            model = runtime.load(
+                package,
+                sharing=sharing,
+                threads=intra_op,
+                configure=_quieten,
+                progress=progress and functools.partial(progress, f"loading {name}"),
+            )
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     if progress:
         progress("loading", len(paths), len(paths))

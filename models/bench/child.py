@@ -123,7 +123,9 @@ def _shown(outputs: Sequence[Any]) -> list[list[float]]:
 
     arrays = [np.asarray(output) for output in outputs]
     return [
-        array.reshape(-1)[:SHOWN].astype(np.float64).tolist() for array in arrays if array.dtype.kind in "biuf"
+        array.reshape(-1)[:SHOWN].astype(np.float64).tolist()
+        for array in arrays
+        if array.dtype.kind in "biuf"
     ]
 
 
@@ -177,7 +179,9 @@ def _of_ours(model: Any) -> dict[str, Any]:
 
     store = model.package.store
     folders = (store.objects, store.prepared_objects)
-    files = [str(folder.path(d)) for d in model._holding.addresses for folder in folders if folder.path(d).exists()]
+    files = [
+        str(folder.path(d)) for d in model._holding.addresses for folder in folders if folder.path(d).exists()
+    ]
     return {
         "in_flight": in_flight()["peak"],
         "in_flight_bound": transfer_settings().in_flight,
@@ -225,7 +229,9 @@ def nap(request: Request, say: Say) -> dict[str, Any]:
         if recorded is not None:
             recorded.save(request["trace"])
         found = side.run(model, feeds)
-        right &= all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(first, found, strict=True))
+        right &= all(
+            np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(first, found, strict=True)
+        )
         if turn:
             suspends.append(slept - start)
             resumes.append(woken - begun)

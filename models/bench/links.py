@@ -169,7 +169,15 @@ def bench_links(
                 engine.add_cuda_relay(index, *link)
         with _Raw(index, [link[0] for link in links if link], largest, engine) as raw:
             return curve(
-                device, engine, index, (raw.host, raw.places[index]), sizes, len(links), repeat, raw.copy, progress
+                device,
+                engine,
+                index,
+                (raw.host, raw.places[index]),
+                sizes,
+                len(links),
+                repeat,
+                raw.copy,
+                progress,
             )
 
 
@@ -207,12 +215,13 @@ def curve(
         for used in range(1, count + 1):
             if progress:
                 progress("copies", number * count + used - 1, len(sizes) * count)
-            ours, raws = ([size / _median(each, size, used, down, repeat) for down in (True, False)] for each in (copy, raw))
+            ours, raws = (
+                [size / _median(each, size, used, down, repeat) for down in (True, False)]
+                for each in (copy, raw)
+            )
             if used == 1:
                 one = ours[0], ours[1]
-            found.append(
-                LinkRate(device, size, used, *ours, ours[0] / one[0], ours[1] / one[1], *raws)
-            )
+            found.append(LinkRate(device, size, used, *ours, ours[0] / one[0], ours[1] / one[1], *raws))
     return found
 
 

@@ -155,7 +155,9 @@ class _Turns:
         links, cached, disk = list[float](), dict[_Side, float](), dict[_Side, float]()
         package = [Path(file) for file in self._ask(_Side("glake-infer", "warm"), None)["files"]]
         for turn in range(self.repeat):
-            links.append(ask({"task": "raw", "side": "raw", "device": self.shop.device, "paths": "own"})["to_device"])
+            links.append(
+                ask({"task": "raw", "side": "raw", "device": self.shop.device, "paths": "own"})["to_device"]
+            )
             for side in self.sides:
                 if side.side in lost:
                     continue

@@ -42,15 +42,15 @@ class _Weight:
     shape: tuple[int, int]
 
 
-def write_chain(
-    path: Path, size: int, *, half: bool, progress: Progress | None = None
-) -> int:
+def write_chain(path: Path, size: int, *, half: bool, progress: Progress | None = None) -> int:
     """Write a chain of MatMuls with `size` bytes of weights (up to a row less); returns the bytes.
 
     `half`: fp16, else fp32. Raises InputError for less than SMALLEST.
     """
     if size < SMALLEST:
-        raise InputError(f"{format_bytes(size)} of weights are too few: expected {format_bytes(SMALLEST)} or more.")
+        raise InputError(
+            f"{format_bytes(size)} of weights are too few: expected {format_bytes(SMALLEST)} or more."
+        )
     item = 2 if half else 4
     wide = WIDEST
     while wide > NARROWEST and 18 * wide * wide * item > size:

@@ -68,7 +68,9 @@ def bench_resume(
     if repeat < 1:
         raise InputError(f"repeat={repeat}: expected 1 or more.")
     if host_copy not in ("pinned", "store") or paths not in ("own", "all"):
-        raise InputError(f"host_copy={host_copy!r}, paths={paths!r}: expected 'pinned' or 'store', 'own' or 'all'.")
+        raise InputError(
+            f"host_copy={host_copy!r}, paths={paths!r}: expected 'pinned' or 'store', 'own' or 'all'."
+        )
     target = writable(trace)
     with workshop(model, size, device=device, folder=folder, progress=progress) as shop:
         (subject,) = shop.subjects
@@ -81,7 +83,11 @@ def bench_resume(
             }  # fmt: skip
             size, slept = found["bytes"], answer["suspends"] and statistics.median(answer["suspends"])
             woken = statistics.median(answer["resumes"])
-            found |= {"resume": woken, "rate": size / woken if woken else 0.0, "turns": tuple(answer["resumes"])}
+            found |= {
+                "resume": woken,
+                "rate": size / woken if woken else 0.0,
+                "turns": tuple(answer["resumes"]),
+            }
             found |= {"suspend": slept or None, "suspend_rate": size / slept if slept else None}
             return ResumeReport(model=subject.name, side=side, device=shop.device, **found)
 
@@ -108,7 +114,9 @@ def bench_resume(
             found.append(LeftOut("torch", reason))
         else:
             try:
-                answer = ask({**about, "task": "copy", "side": "torch"}, progress=told(progress, "copying by torch"))
+                answer = ask(
+                    {**about, "task": "copy", "side": "torch"}, progress=told(progress, "copying by torch")
+                )
                 found.append(report("torch", answer))
             except MissingDependencyError as error:
                 found.append(LeftOut("torch", str(error)))

@@ -75,7 +75,9 @@ def workshop(
     device = parse_device(device)
     given = sum(item is not None for item in (model, size, small))
     if given != 1:
-        raise InputError("expected one of: a model, --bytes SIZE to have one made, --small N for many small weights.")
+        raise InputError(
+            "expected one of: a model, --bytes SIZE to have one made, --small N for many small weights."
+        )
     copies = (3 if tensors else 2) + (device == "cpu")  # the CPU's prepared weights
     if size is not None:
         needed = parse_bytes(size)
@@ -93,7 +95,10 @@ def workshop(
         elif size is not None:
             subjects.append(make("large", needed))
         else:
-            subjects += [make("small", small or 0, small=True), make("large", max(made.SMALLEST, needed // 2))]
+            subjects += [
+                make("small", small or 0, small=True),
+                make("large", max(made.SMALLEST, needed // 2)),
+            ]
         warming = _made(place, store, "warming", WARMING, half=half, tensors=tensors, progress=None)
         yield Workshop(place, device, warming, tuple(subjects))
 
