@@ -111,10 +111,14 @@ def _index(request: Request) -> int:
 def _feeds(inputs: Sequence[Any], shapes: Sequence[str]) -> dict[str, Any]:
     import numpy as np
 
+    from glake_infer.allocators.errors import InputError
     from glake_infer.models.feeds import feeds_of, parse_shapes
 
-    given = parse_shapes(shapes, [])
-    return feeds_of("model", inputs, inputs, [], given, np.random.default_rng(0), set())[0]
+    given, used = parse_shapes(shapes, []), set[int]()
+    feeds, _ = feeds_of("model", inputs, inputs, [], given, np.random.default_rng(0), used)
+    if unknown := [each.text for each in given if id(each) not in used]:
+        raise InputError(f"{unknown[0]}: no such input. Inputs are {', '.join(map(str, inputs))}.")
+    return feeds
 
 
 def _shown(outputs: Sequence[Any]) -> list[list[float]]:
@@ -185,6 +189,7 @@ def _of_ours(model: Any) -> dict[str, Any]:
     return {
         "in_flight": in_flight()["peak"],
         "in_flight_bound": transfer_settings().in_flight,
+        "paths": transfer_settings().paths,
         "verified": os.environ.get("GLAKE_VERIFY", "once"),
         "files": files,
     }

@@ -72,9 +72,7 @@ def examine_links(*, size: int | str = 1 << 30, progress: Progress | None = None
         raise DeviceNotFoundError(f"there are no links to measure: {error}") from error
     found, locked, note = list[LinkReport](), None, ""
     if gpus:
-        engine = _native.TransferEngine.on_cuda(0, 1, SLOT, SLOT, 0)
-        address, locked = engine.take_buffer(SLOT)
-        engine.give_buffer(address)
+        locked = can_lock()
         found = paths.survey(size=count, progress=progress)
     else:
         note = "no GPU: the driver is here and shows none to this process, so there are no links."
@@ -91,6 +89,16 @@ def examine_links(*, size: int | str = 1 << 30, progress: Progress | None = None
         figures_file=str(file),
         figures_kept=file.exists(),
     )
+
+
+def can_lock() -> bool:
+    """Whether host memory can be page-locked for GPUs. Raises DriverError."""
+    from glake_infer.allocators import _native
+
+    engine = _native.TransferEngine.on_cuda(0, 1, SLOT, SLOT, 0)
+    address, locked = engine.take_buffer(SLOT)
+    engine.give_buffer(address)
+    return locked
 
 
 def used_links(links: Sequence[LinkReport], setting: str) -> dict[str, tuple[str, ...]]:
@@ -215,13 +223,14 @@ def curve(
         for used in range(1, count + 1):
             if progress:
                 progress("copies", number * count + used - 1, len(sizes) * count)
-            ours, raws = (
-                [size / _median(each, size, used, down, repeat) for down in (True, False)]
+            down, up, raw_down, raw_up = (
+                size / _median(each, size, used, to_device, repeat)
                 for each in (copy, raw)
+                for to_device in (True, False)
             )
             if used == 1:
-                one = ours[0], ours[1]
-            found.append(LinkRate(device, size, used, *ours, ours[0] / one[0], ours[1] / one[1], *raws))
+                one = down, up
+            found.append(LinkRate(device, size, used, down, up, down / one[0], up / one[1], raw_down, raw_up))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class LoadReport:
     in_flight: int | None
     """The most bytes between files and the device."""
     in_flight_bound: int | None
+    paths: str | None
+    """Whose links were used (GLAKE_PATHS)."""
     verified: str | None
     """How the bytes were verified."""
     difference: float | None
@@ -236,6 +239,7 @@ class _Turns:
             cached=cached, disk=disk,
             in_flight=max(a["in_flight"] for a in answers) if own else None,
             in_flight_bound=first["in_flight_bound"] if own else None,
+            paths=first["paths"] if own else None,
             verified=first["verified"] if own else None,
             difference=_difference(first["outputs"], right) if own and right is not None else None,
             turns=turns,
@@ -243,9 +247,11 @@ class _Turns:
 
 
 def _difference(answer: list[list[float]], other: list[list[float]]) -> float:
+    """The largest one, relative to the largest number of that output of `other`; infinite where one is no number."""
     largest = 0.0
     for mine, theirs in zip(answer, other, strict=True):
-        scale = max((abs(value) for value in theirs), default=0.0) or 1.0
-        apart = (abs(a - b) / scale for a, b in zip(mine, theirs, strict=True))
-        largest = max(largest, max(apart, default=0.0))
+        scale = max((abs(value) for value in theirs if math.isfinite(value)), default=0.0) or 1.0
+        for a, b in zip(mine, theirs, strict=True):
+            apart = abs(a - b) / scale if math.isfinite(a) and math.isfinite(b) else math.inf
+            largest = max(largest, 0.0 if repr(a) == repr(b) else apart)
     return largest
