@@ -21,13 +21,27 @@ namespace {
 constexpr std::size_t MiB = std::size_t{1} << 20;
 constexpr std::size_t smallest_piece = MiB;      // of host memory
 constexpr std::size_t largest_piece = 16 * MiB;  // a peer's buffers are as large; more is no faster (H200)
-constexpr std::size_t pieces_per_path = 8;       // so that the end of a transfer is short
+constexpr std::size_t pieces_per_reader = 8;
+constexpr std::size_t slots_per_reader = 2;  // one is filled while another waits for a link
+constexpr std::size_t pieces_per_path = 8;   // so that the end of a transfer is short
 constexpr std::chrono::microseconds look_again{200};
-constexpr double new_rate = 0.25;  // weight of the latest piece in a lane's rate
+constexpr std::chrono::microseconds spins{60};  // what it takes to wake a thread up in a virtual machine
+constexpr unsigned most_spinning = 2;           // readers; the others sleep, and are as many as are not needed
+constexpr int tries = 400;                      // of the mutex
+constexpr double known_for = 1e-3;              // seconds that a rate which is known stands for
+constexpr double fading = 0.85;                 // weight of what was copied before in the rate of a lane
 constexpr std::size_t most_events = std::size_t{1} << 20;
 
 std::int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
+void pause() noexcept {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
 }
 
 // The process's signals are for its own threads.
@@ -88,7 +102,7 @@ TransferEngine::~TransferEngine() {
     return;
   }
   {
-    Lock lock(mutex_);
+    Lock lock = locked();
     for (const Handle& transfer : std::vector<Handle>(active_)) {
       transfer->cancelled = true;
       stop(*transfer);
@@ -96,7 +110,7 @@ TransferEngine::~TransferEngine() {
     to_waiters_.wait(lock, [&] { return active_.empty(); });
     ending_ = true;
     to_readers_.notify_all();
-    to_lanes_.notify_all();
+    wake_lanes();
   }
   for (std::thread& reader : readers_) reader.join();
   for (const auto& path : paths_) {
@@ -123,7 +137,7 @@ std::vector<TransferEngine::Path*> TransferEngine::paths_of(Target target) const
 
 void TransferEngine::add_path(Target target, std::unique_ptr<CopyLink> link, std::array<double, direction_count> rate) {
   refuse_child();
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   auto path = std::make_unique<Path>();
   path->target = target;
   path->number = path_numbers_++;
@@ -133,6 +147,8 @@ void TransferEngine::add_path(Target target, std::unique_ptr<CopyLink> link, std
     path->lanes[i].path = path.get();
     path->lanes[i].direction = static_cast<Direction>(i);
     path->lanes[i].rate = rate[i];
+    path->lanes[i].recent_bytes = rate[i] * known_for;
+    path->lanes[i].recent_seconds = rate[i] > 0 ? known_for : 0;
   }
   paths_.push_back(std::move(path));
 }
@@ -141,9 +157,9 @@ void TransferEngine::remove_further_paths(Target target) {
   refuse_child();
   std::vector<std::unique_ptr<Path>> removed;
   {
-    Lock lock(mutex_);
+    Lock lock = locked();
     for (Path* path : paths_of(target)) path->leaving = path->rank > 0;
-    to_lanes_.notify_all();
+    wake_lanes();
     const auto is_leaving = [](const auto& path) { return path->leaving; };
     to_waiters_.wait(lock, [&] {
       return std::all_of(paths_.begin(), paths_.end(), [&](const auto& path) {
@@ -163,7 +179,7 @@ void TransferEngine::remove_further_paths(Target target) {
 }
 
 std::vector<TransferEngine::PathView> TransferEngine::paths(Target target) const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   std::vector<PathView> views;
   for (const Path* path : paths_of(target)) {
     PathView view;
@@ -181,7 +197,7 @@ std::vector<TransferEngine::PathView> TransferEngine::paths(Target target) const
 
 void TransferEngine::set_options(Options options) {
   trim();
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   options.slot = options_.slot;  // there are such slots
   options_ = options;
 }
@@ -202,7 +218,8 @@ TransferEngine::Handle TransferEngine::load(Target target, std::vector<std::stri
   std::size_t total = 0;
   for (const FilePart& part : parts) total += part.bytes;
   // Enough pieces for all readers, and then some.
-  const std::size_t share = total / (std::size_t{options_.readers} * 2) / PieceReader::block * PieceReader::block;
+  const std::size_t share =
+      total / (std::size_t{options_.readers} * pieces_per_reader) / PieceReader::block * PieceReader::block;
   const std::size_t most = std::clamp(share, std::min(options_.slot, MiB / 4), options_.slot);
   for (const FilePart& whole : parts) {
     if (whole.file >= made->files.size()) throw std::invalid_argument("a part of a file that is not named");
@@ -241,7 +258,7 @@ TransferEngine::Handle TransferEngine::copy(Target target, Direction direction, 
     most = std::clamp(share / (MiB / 4) * (MiB / 4), smallest_piece, largest_piece);
   }
   {
-    const Lock lock(mutex_);
+    const Lock lock = locked();
     for (const Path* path : paths_of(target)) {
       if (path->rank < settings.paths) most = std::min(most, path->link->most());
     }
@@ -258,7 +275,7 @@ TransferEngine::Handle TransferEngine::copy(Target target, Direction direction, 
 
 void TransferEngine::begin(const Handle& transfer) {
   if (transfer->of_files && !transfer->settings.in_place) make_slots(transfer->pieces.size());
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   Transfer& made = *transfer;
   made.number = ++last_;
   made.left = made.bytes;
@@ -287,7 +304,7 @@ void TransferEngine::begin(const Handle& transfer) {
   const auto after = [&](const Handle& other) { return other->settings.priority < made.settings.priority; };
   active_.insert(std::find_if(active_.begin(), active_.end(), after), transfer);
   to_readers_.notify_all();
-  to_lanes_.notify_all();
+  wake_lanes();
 }
 
 // Links that failed are tried again once their device has no transfers.
@@ -300,20 +317,20 @@ void TransferEngine::revive(Target target) {
 
 bool TransferEngine::wait(const Handle& transfer, double seconds) {
   refuse_child();
-  Lock lock(mutex_);
+  Lock lock = locked();
   return to_waiters_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return transfer->ended; });
 }
 
 void TransferEngine::cancel(const Handle& transfer) {
   refuse_child();
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   if (transfer->ended) return;
   transfer->cancelled = true;
   stop(*transfer);
 }
 
 TransferEngine::View TransferEngine::view(const Handle& transfer) const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   View view;
   view.bytes = transfer->bytes;
   view.done = transfer->done;
@@ -346,11 +363,38 @@ void TransferEngine::end_if_done(Transfer& transfer) {
   to_waiters_.notify_all();
 }
 
+TransferEngine::Lock TransferEngine::locked() const {
+  Lock lock(mutex_, std::defer_lock);
+  relock(lock);
+  return lock;
+}
+
+void TransferEngine::relock(Lock& lock) {
+  for (int i = 0; i < tries; ++i) {
+    if (lock.try_lock()) return;
+    pause();
+  }
+  lock.lock();
+}
+
+template <class Found>
+bool TransferEngine::spin(Lock& lock, const Found& found) {
+  const Clock::time_point end = Clock::now() + spins;
+  for (;;) {
+    if (found()) return true;
+    const std::uint64_t before = changes_.load(std::memory_order_acquire);
+    lock.unlock();
+    while (changes_.load(std::memory_order_acquire) == before && Clock::now() < end) pause();
+    relock(lock);
+    if (Clock::now() >= end) return found();
+  }
+}
+
 // Slots.
 
 std::size_t TransferEngine::most_slots() const {
-  // Each reader fills one while others wait for, or are on, a link. More would only be page-locked for nothing.
-  std::size_t wanted = std::max(1U, options_.readers);
+  // More would only be page-locked for nothing.
+  std::size_t wanted = std::max(1U, options_.readers) * slots_per_reader;
   wanted += paths_.size() * (CopyLink::depth + 1);
   return std::max<std::size_t>(1, std::min(wanted, options_.in_flight / options_.slot));
 }
@@ -360,7 +404,7 @@ void TransferEngine::make_slots(std::size_t pieces) {
   const Lock one(making_);
   std::size_t missing = 0;
   {
-    const Lock lock(mutex_);
+    const Lock lock = locked();
     const std::size_t wanted = std::min(most_slots(), pieces);
     missing = wanted > slots_ ? wanted - slots_ : 0;
   }
@@ -370,11 +414,11 @@ void TransferEngine::make_slots(std::size_t pieces) {
   try {
     slab = buffers_->take(missing * room);
   } catch (const DriverError&) {
-    const Lock lock(mutex_);
+    const Lock lock = locked();
     if (slots_ == 0) throw;
     return;  // with those that are there
   }
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   slabs_.push_back(slab);
   for (std::size_t i = 0; i < missing; ++i) free_.push_back(slab.data + i * room);
   slots_ += missing;
@@ -382,11 +426,12 @@ void TransferEngine::make_slots(std::size_t pieces) {
 
 void TransferEngine::give(std::byte* slot) {
   free_.push_back(slot);
-  to_readers_.notify_one();
+  changes_.fetch_add(1, std::memory_order_release);
+  if (spinning_ == 0) to_readers_.notify_one();
 }
 
 TransferEngine::Memory TransferEngine::memory() const {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   const bool locked = std::all_of(slabs_.begin(), slabs_.end(), [](const HostBuffer& slab) { return slab.locked; });
   return {slots_ * options_.slot, slots_in_use() * options_.slot, peak_ * options_.slot, locked};
 }
@@ -396,7 +441,7 @@ void TransferEngine::trim() {
   const Lock one(making_);
   std::vector<HostBuffer> slabs;
   {
-    const Lock lock(mutex_);
+    const Lock lock = locked();
     if (slots_in_use() != 0) return;
     slabs.swap(slabs_);
     free_.clear();
@@ -418,13 +463,13 @@ void TransferEngine::read_pieces(std::size_t number) {
   block_signals();
   own_files();
   PieceReader reader;
-  Lock lock(mutex_);
+  Lock lock = locked();
   for (;;) {
     const Handle transfer = to_read();
     if (!transfer) {
       lock.unlock();
       reader.forget();
-      lock.lock();
+      relock(lock);
       if (ending_) return;
       to_readers_.wait(lock, [&] { return ending_ || to_read(); });
       continue;
@@ -432,7 +477,13 @@ void TransferEngine::read_pieces(std::size_t number) {
     std::byte* slot = nullptr;
     if (!transfer->settings.in_place) {
       if (free_.empty()) {
-        to_readers_.wait(lock);
+        bool found = false;
+        if (spinning_ < most_spinning) {
+          ++spinning_;
+          found = spin(lock, [&] { return !free_.empty() || ending_; });
+          --spinning_;
+        }
+        if (!found) to_readers_.wait(lock);
         continue;
       }
       slot = free_.back();
@@ -457,7 +508,7 @@ void TransferEngine::read_pieces(std::size_t number) {
       error = caught;
     }
     const Clock::time_point end = Clock::now();
-    lock.lock();
+    relock(lock);
     --transfer->reading;
     if (recording_ && events_.size() < most_events) {
       events_.push_back(
@@ -471,7 +522,8 @@ void TransferEngine::read_pieces(std::size_t number) {
       piece.host = host;
       piece.slot = slot;
       transfer->ready.push_back(index);
-      to_lanes_.notify_all();
+      changes_.fetch_add(1, std::memory_order_release);
+      wake_lanes(transfer.get());
     } else {
       transfer->left -= piece.bytes;
       transfer->done += piece.bytes;
@@ -508,6 +560,15 @@ bool TransferEngine::worth_it(const Lane& lane, const Transfer& transfer, std::s
   return mine <= (static_cast<double>(transfer.left) + flying) / others;
 }
 
+bool TransferEngine::has_next(const Lane& lane) const {
+  if (lane.failed || lane.path->leaving) return false;
+  return std::any_of(active_.begin(), active_.end(), [&](const Handle& each) {
+    if (each->target != lane.path->target || each->direction != lane.direction || each->stopping) return false;
+    if (lane.path->rank >= each->settings.paths || each->settings.in_place) return false;
+    return !each->ready.empty() || (!each->of_files && each->next < each->pieces.size());
+  });
+}
+
 std::optional<TransferEngine::Flying> TransferEngine::next(const Lane& lane, bool& left) {
   if (lane.failed || lane.path->leaving) return std::nullopt;
   for (const Handle& transfer : active_) {
@@ -539,7 +600,7 @@ void TransferEngine::run_lane(Lane& lane) {
   CopyLink& link = *lane.path->link;
   std::deque<Flying> flying;
   unsigned turn = 0;
-  Lock lock(mutex_);
+  Lock lock = locked();
   for (;;) {
     bool left = false;
     try {
@@ -554,24 +615,27 @@ void TransferEngine::run_lane(Lane& lane) {
         lock.unlock();
         flying.back().start = Clock::now();
         link.start(lane.direction, flying.back().slot, piece.host, piece.address, piece.bytes);
-        lock.lock();
+        relock(lock);
       }
       if (flying.empty()) {
         if (ending_ || lane.path->leaving) return;
+        if (!left && may_get_more(lane) && spin(lock, [&] { return has_next(lane) || ending_; })) continue;
+        lane.sleeping = true;
         if (left) {  // the others' rates may change: look again
-          to_lanes_.wait_for(lock, look_again);
+          lane.wake.wait_for(lock, look_again);
         } else {
-          to_lanes_.wait(lock);
+          lane.wake.wait(lock);
         }
+        lane.sleeping = false;
         continue;
       }
       lock.unlock();
       link.finish(lane.direction, flying.front().slot);
-      lock.lock();
+      relock(lock);
     } catch (const std::exception& error) {
       if (lock.owns_lock()) lock.unlock();
       link.settle(lane.direction);
-      lock.lock();
+      relock(lock);
       lose(lane, flying, error.what());
       continue;
     }
@@ -582,8 +646,10 @@ void TransferEngine::run_lane(Lane& lane) {
     Piece& piece = transfer.pieces[done.piece];
     const Clock::time_point start = std::max(done.start, lane.last_end);
     const double seconds = std::chrono::duration<double>(now - start).count();
-    const double rate = static_cast<double>(piece.bytes) / std::max(seconds, 1e-9);
-    if (piece.bytes >= smallest_piece) lane.rate = lane.rate <= 0 ? rate : lane.rate + new_rate * (rate - lane.rate);
+    // Of several pieces together: a thread that wakes up late sees the next piece end all the sooner.
+    lane.recent_bytes = fading * lane.recent_bytes + static_cast<double>(piece.bytes);
+    lane.recent_seconds = fading * lane.recent_seconds + seconds;
+    lane.rate = lane.recent_bytes / std::max(lane.recent_seconds, 1e-9);
     lane.last_end = now;
     lane.flying -= piece.bytes;
     lane.bytes += piece.bytes;
@@ -597,6 +663,24 @@ void TransferEngine::run_lane(Lane& lane) {
     if (piece.slot != nullptr) give(std::exchange(piece.slot, nullptr));
     end_if_done(transfer);
     if (lane.path->leaving) to_waiters_.notify_all();
+  }
+}
+
+bool TransferEngine::may_get_more(const Lane& lane) const {
+  return std::any_of(active_.begin(), active_.end(), [&](const Handle& each) {
+    return each->target == lane.path->target && each->direction == lane.direction && !each->stopping &&
+           lane.path->rank < each->settings.paths && !each->settings.in_place;
+  });
+}
+
+void TransferEngine::wake_lanes(const Transfer* transfer) {
+  for (const auto& path : paths_) {
+    for (Lane& lane : path->lanes) {
+      const bool meant =
+          transfer == nullptr || (path->target == transfer->target && path->rank < transfer->settings.paths &&
+                                  lane.direction == transfer->direction);
+      if (meant && lane.sleeping) lane.wake.notify_one();
+    }
   }
 }
 
@@ -633,16 +717,16 @@ void TransferEngine::lose(Lane& lane, std::deque<Flying>& flying, const std::str
       end_if_done(*transfer);
     }
   }
-  to_lanes_.notify_all();
+  wake_lanes();
 }
 
 void TransferEngine::record(bool on) {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   recording_ = on;
 }
 
 std::vector<TransferEngine::Event> TransferEngine::take_events() {
-  const Lock lock(mutex_);
+  const Lock lock = locked();
   return std::exchange(events_, {});
 }
 

@@ -22,6 +22,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -149,10 +150,14 @@ class TransferEngine {
     Direction direction = Direction::to_device;
     std::thread thread;
     std::size_t flying = 0;  // bytes
-    double rate = 0;
+    double rate = 0;         // bytes per second: the quotient of the two below
+    double recent_bytes = 0;
+    double recent_seconds = 0;
     std::size_t bytes = 0;
     Clock::time_point last_end;
     bool failed = false;
+    bool sleeping = false;
+    std::condition_variable wake;
   };
   struct Path {
     Target target = 0;
@@ -171,6 +176,10 @@ class TransferEngine {
 
   using Lock = std::unique_lock<std::mutex>;
 
+  // Takes the mutex, which nobody has for long: a thread that sleeps for it costs more than one that tries again, above
+  // all in a virtual machine.
+  [[nodiscard]] Lock locked() const;
+  static void relock(Lock& lock);
   void refuse_child() const;
   void begin(const Handle& transfer);
   void read_pieces(std::size_t number);
@@ -178,12 +187,20 @@ class TransferEngine {
   [[nodiscard]] Handle to_read();
   void make_slots(std::size_t pieces);
   void give(std::byte* slot);
+  // Waits a moment for a slot, or for something to copy, without sleeping; false if there was none.
+  template <class Found>
+  [[nodiscard]] bool spin(Lock& lock, const Found& found);
   [[nodiscard]] std::size_t most_slots() const;
   [[nodiscard]] std::size_t slots_in_use() const { return slots_ - free_.size(); }
+  [[nodiscard]] bool has_next(const Lane& lane) const;
   // What the lane is to copy next. `left`: whether there is something that it leaves to others.
   [[nodiscard]] std::optional<Flying> next(const Lane& lane, bool& left);
   [[nodiscard]] bool worth_it(const Lane& lane, const Transfer& transfer, std::size_t bytes) const;
   [[nodiscard]] bool can_copy(const Transfer& transfer) const;
+  // Whether something that goes on may come to have pieces for the lane.
+  [[nodiscard]] bool may_get_more(const Lane& lane) const;
+  // Those that the transfer may use, or all.
+  void wake_lanes(const Transfer* transfer = nullptr);
   void lose(Lane& lane, std::deque<Flying>& flying, const std::string& what);
   void stop(Transfer& transfer);
   void end_if_done(Transfer& transfer);
@@ -194,7 +211,6 @@ class TransferEngine {
   ProcessMark process_;
   mutable std::mutex mutex_;
   std::condition_variable to_readers_;
-  std::condition_variable to_lanes_;
   std::condition_variable to_waiters_;
   Options options_;
   bool ending_ = false;
@@ -207,7 +223,9 @@ class TransferEngine {
   std::vector<HostBuffer> slabs_;  // each of several slots
   std::vector<std::byte*> free_;
   std::size_t slots_ = 0;
-  std::size_t peak_ = 0;  // of slots in use
+  std::size_t peak_ = 0;                   // of slots in use
+  unsigned spinning_ = 0;                  // readers that wait for a slot without sleeping
+  std::atomic<std::uint64_t> changes_{0};  // of slots and of pieces that are ready: what who spins looks at
   bool recording_ = false;
   std::vector<Event> events_;
 };

@@ -23,6 +23,9 @@ DIGEST_LENGTH = 64
 PIECE = 16 << 20
 """Bytes held in memory at once while a file is streamed."""
 
+SMALL_PIECE = 1 << 20
+"""The same where one thread does it: what it has just read is still in its cache."""
+
 _threads = blake3.AUTO
 
 
@@ -45,13 +48,13 @@ def is_digest(text: str) -> bool:
     return len(text) == DIGEST_LENGTH and all(c in "0123456789abcdef" for c in text)
 
 
-def pieces_of(fd: int, offset: int, length: int) -> Iterator[memoryview]:
-    """Yield `length` bytes of `fd` from `offset` in pieces; stops early where the file ends.
+def pieces_of(fd: int, offset: int, length: int, size: int | None = None) -> Iterator[memoryview]:
+    """Yield `length` bytes of `fd` from `offset` in pieces (of `size`, else PIECE); stops early where the file ends.
 
     Each piece is valid only until the next one is asked for (one buffer is reused). Reads with
     `pread`, not `mmap`: a file that shrinks meanwhile gives a short read here, not a SIGBUS.
     """
-    buffer = memoryview(bytearray(min(PIECE, max(length, 1))))
+    buffer = memoryview(bytearray(min(size or PIECE, max(length, 1))))
     end = offset + length
     while offset < end:
         count = os.preadv(fd, [buffer[: min(len(buffer), end - offset)]], offset)
@@ -61,13 +64,15 @@ def pieces_of(fd: int, offset: int, length: int) -> Iterator[memoryview]:
         offset += count
 
 
-def digest_of_range(fd: int, offset: int, length: int, progress: Progress | None = None) -> tuple[str, int]:
+def digest_of_range(
+    fd: int, offset: int, length: int, progress: Progress | None = None, *, alone: bool = False
+) -> tuple[str, int]:
     """Digest of `length` bytes of `fd` from `offset`, and how many there were (fewer at its end).
 
-    `progress` is called with the bytes of each piece.
+    `progress` is called with the bytes of each piece. alone: by this thread, with no others of blake3's.
     """
-    state, done = blake3(max_threads=_threads), 0
-    for piece in pieces_of(fd, offset, length):
+    state, done = blake3(max_threads=1 if alone else _threads), 0
+    for piece in pieces_of(fd, offset, length, SMALL_PIECE if alone else PIECE):
         state.update(piece)
         done += len(piece)
         if progress:

@@ -12,8 +12,8 @@ is read-only once it is written. What a pool may take back by itself, and in whi
 Where the pool has a broker (glake_infer/sharing/) that memory is the machine's: the broker says how weights lie, and whoever
 needs a chunk first fills it for all processes.
 
-Bytes are read and their digest checked before a weight is used for the first time, and again whenever its file has
-changed since (inode, size, or times).
+A file's bytes are checked against its digest while they are copied, or before they are mapped, and again whenever the file
+has changed since (glake_infer/checking.py). Nothing is resident before that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -41,8 +41,9 @@ from glake_infer.allocators.errors import (
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
-from glake_infer.digest import digest_of_range, is_digest
-from glake_infer.holding import Holding, HostCopy, Weighed
+from glake_infer.checking import AlteredObjectError, Checker, File
+from glake_infer.digest import is_digest
+from glake_infer.holding import Holding, HostCopy, TransferOptions, Weighed
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
 from glake_infer.sharing.refusals import AlteredError, BrokerGoneError
@@ -56,9 +57,6 @@ if TYPE_CHECKING:
     from glake_infer.allocators import _native
 
 PAGE = 4096
-
-MOST_VERIFIED = 1 << 16
-"""Files of which it is remembered that their bytes were checked."""
 
 TELLING = 8 << 20
 """Bytes from which a load tells how fast the next one will be."""
@@ -81,19 +79,10 @@ class Wanted:
     edges: tuple[int, ...] = ()
     by_file: bool = False
 
-
-class AlteredObjectError(StoreError):
-    """An object's bytes are not those that its name promises; `digest` names it. Nothing was mapped for it."""
-
-    def __init__(self, digest: str, path: object, unreadable: str | None = None) -> None:
-        """State which object it was, and why it cannot be read; models/package.py adds which packages are hurt."""
-        super().__init__(
-            f"{path} cannot be read: {unreadable}."
-            if unreadable is not None
-            else f"{path} does not hold the bytes that its name stands for."
-        )
-        self.digest = digest
-        self.unreadable = unreadable is not None
+    @property
+    def file(self) -> File:
+        """Its file, to be checked."""
+        return File(self.folder.path(self.digest), self.digest, self.length, self.folder.store_root)
 
 
 @dataclass(eq=False)
@@ -137,7 +126,7 @@ class _Entry:
 
 
 class Residency:
-    """The table of one pool. Thread-safe; of several threads that bring weights in, one places and checks at a time."""
+    """The table of one pool. Thread-safe; of several threads that bring weights in, one places at a time."""
 
     _tables: ClassVar[WeakKeyDictionary[Pool, Residency]] = WeakKeyDictionary()
     _by_device: ClassVar[WeakValueDictionary[str, Residency]] = (
@@ -168,7 +157,7 @@ class Residency:
         self._filling = threading.Lock()
         self._pinned: dict[int, _Copy] = {}  # by chunk
         self._renewals = 0  # how many of them were dropped because others wrote to their chunks
-        self._verified: dict[Path, tuple[int, ...]] = {}
+        self._checker = Checker()
         self._rate = 0.0  # bytes per second of the last load
         self._loads = (0, 0, 0.0)  # chunks, bytes, seconds, of all loads
         numbers = self._numbers = set[int]()
@@ -232,14 +221,16 @@ class Residency:
     ) -> Holding:
         """Give weights addresses and count a reference of `user` (a number that names the model) on each.
 
-        They are absent until the holding is used for the first time, unless another has them there. Raises
-        AlteredObjectError (bytes are wrong or gone), OutOfMemoryError or DriverError; then nothing is held.
+        They are absent until the holding is used for the first time, unless another has them there. Their bytes are checked
+        then; here, that the files are there and have their size. Raises AlteredObjectError, InputError (GLAKE_VERIFY),
+        OutOfMemoryError or DriverError; then nothing is held.
         """
         self._refuse_child()
         items = {item.digest: item for item in wanted}
-        for item in items.values():
-            if not self._shares(item):  # the broker checks what it gives
-                self._verify(item)
+        self._checker.look(item.file for item in items.values() if not self._shares(item))
+        with self._locked():  # mapped here from a file that may be another by now, for who maps it by itself
+            there_by_file = [i.file for i in items.values() if i.by_file and i.digest in self._entries]
+        self._checker.check(there_by_file)
         while True:
             with self._placing:
                 specs = self._places_of(items)
@@ -589,14 +580,20 @@ class Residency:
                 raise AlteredObjectError(error.digest, error.path, why) from error
             raise
 
-    def _verify_chunks(self, chunks: list[int]) -> None:
-        """Check the files of a broker's chunks, which it checks where it is there."""
-        for chunk in chunks:
-            region = self._owners[chunk][0]
-            wanted = {part.path.name for part in region.parts[chunk]}
-            for weight in region.spec.weights if region.spec else ():
-                if weight.digest in wanted:
-                    self._verify_file(Path(weight.path), weight.digest, weight.length)
+    def _verify_chunks(self, chunks: list[int], copy: Callable[[], object]) -> None:
+        """Check the files of a broker's chunks, which it checks where it is there, while they are copied."""
+        files = []
+        with self._locked():
+            for chunk in chunks:
+                region = self._owners[chunk][0]
+                wanted = {part.path.name for part in region.parts[chunk]}
+                for weight in region.spec.weights if region.spec else ():
+                    if weight.digest in wanted:
+                        entry = self._entries.get(weight.digest)
+                        file = File(Path(weight.path), weight.digest, weight.length)
+                        ours = entry and entry.wanted.file
+                        files.append(ours if ours and ours.path.absolute() == file.path else file)
+        self._checker.beside(files, lambda failed: copy())
 
     def _fill(self, holding: Holding, chunks: list[int]) -> int:
         """Write the bytes of chunks; returns how many."""
@@ -628,20 +625,19 @@ class Residency:
                         filled.append((chunk, owner))
                 entries = [self._entries.get(d) for d in dict.fromkeys(part.path.name for part in parts)]
                 items = [e.wanted for e in entries if e and not self._shares(e.wanted)]
-            for item in items:
-                self._verify(item)
+            files = [item.file for item in items]
             if not self._copies or any(item.by_file for item in items):
+                self._checker.check(files)
                 for chunk, part in zip(chunks, parts, strict=True):
                     with open(part.path, "rb") as file:  # noqa: PTH123
                         native.map_weights(chunk, file.fileno(), part.size)
+                self._checker.check(files)  # not while they were mapped, either
             else:
                 if copies:
                     self._device.restore(copies, **holding.transfer)
                 if parts:
                     holding._kept = -1  # of those that come and go, the ones that came last have copies
-                    self._device.load(parts, **holding.transfer)
-            for item in items:  # not while they were read, either
-                self._verify(item)
+                    self._load(files, parts, holding)
             with self._locked():
                 for chunk, owner in filled:
                     self._is_filled(chunk, owner)
@@ -661,14 +657,26 @@ class Residency:
             self._rate = done / seconds
         return size
 
+    def _load(self, files: list[File], parts: list[Part], holding: Holding) -> None:
+        """Copy files to the device, and check them beside that."""
+        given = holding.transfer
+        stopped = given["cancelled"]
+
+        def load(failed: Callable[[], bool]) -> None:
+            options: TransferOptions = {**given, "cancelled": lambda: stopped() or failed()}
+            self._device.load(parts, **options)
+
+        self._checker.beside(files, load)
+
     def _let_go(self, chunk: int, kept: _Copy, who: Hashable) -> None:
         """Whoever wanted a copy wants it no more; the last one frees it."""
         kept.wanted.discard(who)
         if not kept.wanted:
             if self._pinned.get(chunk) is kept:
                 del self._pinned[chunk]
-            self._device.forget(kept.address)
             host_cache.give_back(kept.size)
+            with contextlib.suppress(DriverError):
+                self._device.forget(kept.address)
 
     def _is_filled(self, chunk: int, region: Region) -> None:
         if region in (regions := self._unfilled.get(chunk, [])):
@@ -689,16 +697,17 @@ class Residency:
                 if not regions:
                     continue
                 with self._locked():
-                    items = [self._entries[part.path.name].wanted for r in regions for part in r.parts[chunk]]
-                for item in items:
-                    self._verify(item)
+                    files = [
+                        self._entries[part.path.name].wanted.file for r in regions for part in r.parts[chunk]
+                    ]
                 with self._pinning:  # a copy has all of it, or is made anew
                     address = self._native.begin_writing(chunk)
                     try:
+                        moved: list[Part] = []
                         for region in regions:
                             shift = address - region.starts[region.chunks.index(chunk)]
-                            moved = [replace(p, address=p.address + shift) for p in region.parts[chunk]]
-                            self._device.load(moved)
+                            moved += [replace(p, address=p.address + shift) for p in region.parts[chunk]]
+                        self._load(files, moved, holding)
                     except OSError as error:
                         self._raise_altered(error)
                         raise
@@ -711,21 +720,6 @@ class Residency:
                                 self._let_go(chunk, kept, who)
                         for region in regions:
                             self._is_filled(chunk, region)
-
-    def _verify(self, item: Wanted) -> None:
-        """Check an object's bytes, unless they were checked and the file has not changed since."""
-        self._verify_file(item.folder.path(item.digest), item.digest, item.length)
-
-    def _verify_file(self, path: Path, digest: str, length: int) -> None:
-        try:
-            if self._verified.get(path) == (seen := _seal(path, length)):
-                return
-        except OSError as error:
-            raise AlteredObjectError(digest, path, error.strerror) from error
-        with _checked(path, digest, length):
-            if len(self._verified) >= MOST_VERIFIED:
-                self._verified.clear()
-            self._verified[path] = seen
 
     @staticmethod
     def _raise_altered(error: OSError) -> None:
@@ -813,12 +807,6 @@ def _end(native: _native.Pool, numbers: set[int], share: Share | None) -> None:
         share.close(wait=False)
 
 
-def _seal(path: Path, length: int) -> tuple[int, ...]:
-    """What changes when somebody writes to a file."""
-    status = path.stat()
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, length)
-
-
 def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:
     """Weights as a broker is asked to place them."""
     groups: dict[Hashable, int] = {}
@@ -834,21 +822,6 @@ def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:
         )
         for item in items
     ]
-
-
-@contextlib.contextmanager
-def _checked(path: Path, digest: str, length: int) -> Iterator[int]:
-    """Open an object whose bytes are right, for reading; raises AlteredObjectError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise AlteredObjectError(digest, path, error.strerror) from error
-    try:
-        if digest_of_range(fd, 0, length + 1) != (digest, length):
-            raise AlteredObjectError(digest, path)
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def _look_anew() -> None:

@@ -6,13 +6,15 @@
     ROOT/archives/KEY/NAME.glake   a package taken from an archive, for all processes of a node (models/node_packages.py)
     ROOT/packages/HASH.json        which package lies where and which objects it needs
     ROOT/pending/ID.json           a folder that is being written; what a killed process left is found here
+    ROOT/verified                  whose bytes were found right, and are not read for that again (verified.py)
     ROOT/lock                      held shared by whoever reads or adds objects, exclusively by gc
 
 ROOT is `$GLAKE_STORE`, or `$XDG_CACHE_HOME/glake-infer/store` (`~/.cache/...`).
 
 An object is written to a temporary sibling, synced and linked to its name, so a name always stands for
 complete bytes. Its modification time is set to `SEALED`: a different one means that somebody wrote to the
-file, and the next convert that needs it looks at its bytes again. Whoever loads a weight checks its digest.
+file, and the next convert that needs it looks at its bytes again. Whoever loads a weight checks its digest,
+once while the file is unchanged.
 """
 
 from __future__ import annotations
@@ -78,14 +80,15 @@ def temporary_sibling(path: Path) -> Path:
     return path.with_name(f".{path.name[:48]}.{uuid.uuid4().hex}.tmp")
 
 
-def write_file(path: Path, data: Buffer) -> None:
-    """Write `data` to `path` through a synced temporary sibling: all or nothing."""
+def write_file(path: Path, data: Buffer, *, sync: bool = True) -> None:
+    """Write `data` to `path` through a temporary sibling, synced unless it may be lost: all or nothing."""
     temporary = temporary_sibling(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -98,7 +101,7 @@ class ObjectFolder:
 
     def __init__(self, store_root: Path, relative: str) -> None:
         """Address `store_root/relative`; the folder is made when the first object comes."""
-        self._store_root = store_root
+        self.store_root = store_root
         self._relative = relative
         self.root = store_root / relative
 
@@ -110,7 +113,7 @@ class ObjectFolder:
 
     def path(self, digest: str) -> Path:
         """Where the object lies, whether it exists or not."""
-        return self._store_root / self.location(digest)
+        return self.store_root / self.location(digest)
 
     def state(self, digest: str, length: int) -> ObjectState:
         """Whether the object is there with these bytes: by size and seal, or digest if unsealed."""

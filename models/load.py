@@ -28,6 +28,7 @@ from glake_infer.allocators.errors import (
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.allocators.snapshot import Range
+from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.mapped_files import Span, mappings_of
 from glake_infer.models.graph import all_nodes, initializers, is_external
@@ -40,7 +41,7 @@ from glake_infer.models.session import guarded_session, session_errors
 from glake_infer.models.status import monitor_if_asked
 from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool as BrokeredPool
-from glake_infer.residency import AlteredObjectError, Wanted
+from glake_infer.residency import Wanted
 from glake_infer.store import Store
 from glake_infer.transfers import timeline
 from glake_infer.transfers.device import Progress

@@ -22,6 +22,7 @@ from glake_infer.allocators.errors import (
     StoreError,
 )
 from glake_infer.allocators.pool import Pool
+from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.mapped_files import Span, drop_pages
 from glake_infer.models.device_array import DeviceArray
@@ -37,7 +38,7 @@ from glake_infer.models.values import (
     from_ort_value,
     to_ort_value,
 )
-from glake_infer.residency import AlteredObjectError, Residency
+from glake_infer.residency import Residency
 
 if TYPE_CHECKING:
     import onnxruntime as ort

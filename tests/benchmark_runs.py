@@ -4,10 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def soaking(scenes: Iterable[str], *but: str) -> list[Any]:
+    """Scenes as parameters, all `but` some for `make soak`: those are enough to see that the benchmark itself works."""
+    return [scene if scene in but else pytest.param(scene, marks=pytest.mark.soak) for scene in scenes]
 
 
 def scenes_of(name: str, results: str, folder: Path, timeout: float, *options: str) -> dict[str, Any]:

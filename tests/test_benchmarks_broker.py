@@ -1,7 +1,9 @@
-"""Every scene of `benchmarks.broker`, tiny and on the CPU."""
+"""Every scene of `benchmarks.broker`, tiny and on the CPU; one of them in CI."""
+
+import functools
 
 import pytest
-from benchmark_runs import scenes_of
+from benchmark_runs import scenes_of, soaking
 
 RIGHT = {
     "six": {"processes": 2},
@@ -25,13 +27,20 @@ KEPT = {  # bounds that hold at any size, on any machine
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
-    return scenes_of("broker", "broker-cpu.jsonl", tmp_path_factory.mktemp("broker"), 280, "--json")
+def line(tmp_path_factory):
+    """A scene's line."""
+
+    @functools.cache
+    def run(scene):
+        folder = tmp_path_factory.mktemp("broker")
+        return scenes_of("broker", "broker-cpu.jsonl", folder, 280, "--json", "--scene", scene)[scene]
+
+    return run
 
 
-@pytest.mark.parametrize("scene", RIGHT)
-def test_scene(scene, lines):
-    found = lines[scene]
+@pytest.mark.parametrize("scene", soaking(RIGHT, "attach"))
+def test_scene(scene, line):
+    found = line(scene)
     assert found["benchmark"] == "broker-cpu"
     assert {key: found[key] for key in RIGHT[scene]} == RIGHT[scene]
     for figure in found["figures"]:
@@ -39,8 +48,9 @@ def test_scene(scene, lines):
             assert figure.get("ratio", figure["value"]) <= figure["most"], figure
 
 
-def test_six_processes_answer_the_same_and_make_each_chunk_once(lines):
-    for case in lines["six"]["cases"].values():
+@pytest.mark.soak
+def test_six_processes_answer_the_same_and_make_each_chunk_once(line):
+    for case in line("six")["cases"].values():
         assert case.keys() == {"plain", "fast", "fast, broker", "lean", "lean, broker"}
         for name, found in case.items():
             assert found["memory"] > 0
@@ -53,6 +63,7 @@ def test_six_processes_answer_the_same_and_make_each_chunk_once(lines):
                 assert found["complaints"] == {}
 
 
-def test_the_budget_is_one_that_binds(lines):
-    assert lines["budget"]["weights"] > lines["budget"]["limit"]
-    assert lines["budget"]["evictions"] > 0
+@pytest.mark.soak
+def test_the_budget_is_one_that_binds(line):
+    assert line("budget")["weights"] > line("budget")["limit"]
+    assert line("budget")["evictions"] > 0

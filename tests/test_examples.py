@@ -13,7 +13,19 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+@needs_ray
+def test_ray_serve_can_be_asked():
+    command = [sys.executable, str(EXAMPLES / "ray_serve.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--requests" in done.stdout
+
+
+@needs_ray
+@pytest.mark.soak  # a cluster, twice as many replicas as tests/models/test_ray.py has in CI
 def test_ray_serve():
     with machines.machine() as (_, environment):
         done = subprocess.run(

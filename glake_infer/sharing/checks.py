@@ -15,21 +15,20 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
-from glake_infer.digest import digest_of, digest_of_range, digests_of_pieces, pieces_of
+from glake_infer.digest import digest_of, digests_of_pieces, pieces_of
 from glake_infer.layout import PIECE
 from glake_infer.sharing.descriptors import Descriptor
 from glake_infer.sharing.entries import Fill
 from glake_infer.sharing.protocol import PlacedWeight
+from glake_infer.verified import Seal, examine, seal_of
 
 MOST_REMEMBERED = 1 << 16
 """Files, and claims about pieces, that are known to be right."""
 
 STEP = 1 << 20
 """Bytes that are compared at once."""
-
-Seal: TypeAlias = tuple[int, ...]
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -121,11 +120,10 @@ class Checks:
         if key not in self._seals:
             return None
         try:
-            now = _seal_of(Path(weight.path).stat())
+            if (now := seal_of(Path(weight.path).stat())) == self._seals[key]:
+                return now
         except (OSError, ValueError):
-            now = ()
-        if now == self._seals[key]:
-            return now
+            pass
         del self._seals[key]
         return None
 
@@ -148,18 +146,17 @@ class Checks:
 
     def _check_file(self, weight: PlacedWeight) -> Seal:
         with _opened(weight) as fd:
-            before = _seal_of(os.fstat(fd))
-            digest, length = digest_of_range(fd, 0, weight.length + 1, self._go_on)
-            if digest != weight.digest or length != weight.length:
-                raise CheckError(
-                    "altered",
-                    f"{weight.path} does not hold the bytes that its name stands for.",
-                    weight.digest,
-                    weight.path,
-                )
-            if _seal_of(os.fstat(fd)) != before:
-                raise _changed(weight)
-            return before
+            seal, verdict = examine(fd, weight.digest, weight.length, self._go_on)
+        if verdict == "changed":
+            raise _changed(weight)
+        if verdict == "altered":
+            raise CheckError(
+                "altered",
+                f"{weight.path} does not hold the bytes that its name stands for.",
+                weight.digest,
+                weight.path,
+            )
+        return seal
 
     def _check_pieces(self, weight: PlacedWeight, pieces: tuple[str, ...]) -> bool:
         with _opened(weight) as fd:
@@ -184,7 +181,7 @@ class Checks:
         for fill in fills:
             self._compare_zeros(descriptor, position, fill.at, memory, zeros, fill.weight)
             with _opened(fill.weight) as fd:
-                if _seal_of(os.fstat(fd)) != seals[fill.weight.path]:
+                if seal_of(os.fstat(fd)) != seals[fill.weight.path]:
                     raise _changed(fill.weight)
                 for start in range(0, fill.size, STEP):
                     self._go_on(0)
@@ -199,7 +196,7 @@ class Checks:
                             fill.weight.digest,
                             fill.weight.path,
                         )
-                if _seal_of(os.fstat(fd)) != seals[fill.weight.path]:
+                if seal_of(os.fstat(fd)) != seals[fill.weight.path]:
                     raise _changed(fill.weight)
             position = fill.at + fill.size
         self._compare_zeros(descriptor, position, size, memory, zeros, fills[-1].weight)
@@ -282,10 +279,6 @@ def _unreadable(weight: PlacedWeight, why: str) -> CheckError:
 
 def _changed(weight: PlacedWeight) -> CheckError:
     return CheckError("altered", f"{weight.path} was changed while it was read.", weight.digest, weight.path)
-
-
-def _seal_of(status: os.stat_result) -> Seal:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _digest_of(pieces: tuple[str, ...]) -> str:

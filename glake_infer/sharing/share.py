@@ -27,8 +27,8 @@ AT_ONCE = 1024
 Fill = Callable[[list[int]], int]
 """Writes the bytes of chunks (their numbers), which are mapped writable; returns how many were read."""
 
-Verify = Callable[[list[int]], None]
-"""Checks the files of chunks, as the broker does where there is one."""
+Verify = Callable[[list[int], Callable[[], object]], None]
+"""Checks files of chunks, as the broker does where there is one, while the function reads them (again, if they change)."""
 
 
 class GaveWayError(SupersededError):
@@ -242,7 +242,7 @@ class Share:
             try:
                 generation = self._client.loaded(memories, descriptors, read, time.perf_counter() - start)
             except BrokerGoneError:  # nobody has checked the files
-                verify(numbers)
+                verify(numbers, lambda: None)
                 self._alone(user, numbers, memories)
                 return
             self._memories.update(zip(numbers, memories, strict=True))
@@ -267,12 +267,10 @@ class Share:
 
     def _make_alone(self, user: int, numbers: list[int], fill: Fill, verify: Verify) -> None:
         """Make chunks while there is no broker."""
-        verify(numbers)
         self._client.collect()
         for number in numbers:
             self._native.make(number)
-        fill(numbers)
-        verify(numbers)  # not while they were read, either
+        verify(numbers, lambda: fill(numbers))
         for number in numbers:
             self._native.freeze(number)
         self._alone(user, numbers, self._new_memories(numbers))

@@ -742,6 +742,7 @@ print("done")
 
 
 @needs_ray
+@pytest.mark.soak  # a second cluster; that processes take an archive once, CI sees above
 def test_each_node_takes_an_archive_once_and_has_its_own_broker(models):
     code = """
         import logging

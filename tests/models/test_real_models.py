@@ -51,7 +51,13 @@ def identical(expected, found):
         )
 
 
-@pytest.mark.parametrize("name", real_models.ENTRIES)
+SOAKING = {"ppocr-det"}
+"""Convolutions of the same family as ppocr-rec's and ocr-detect's, and the slowest of all."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in SOAKING)) for name in real_models.ENTRIES]
+)
 def test_the_whole_road(workshop, tmp_path, name):
     make, store = workshop
     package, source = make(name), real_models.path_of(name)
