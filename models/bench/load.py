@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from glake_infer.models.bench import files
 from glake_infer.models.bench.processes import ask, told
 from glake_infer.models.bench.subjects import Subject, Workshop, missing, workshop
 from glake_infer.models.progress import Progress
+from glake_infer.verified import RACY
 
 Start = Literal["warm", "cold"]
 
@@ -22,6 +24,9 @@ OF_THE_LINK = 0.85
 """Of the rate of one link: what a load should reach, beside BESIDE seconds."""
 
 BESIDE = 0.05
+
+LONG_TO_CHECK = 64 << 20
+"""Bytes from which it matters that files are checked once: those that were written this moment are checked again."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ class _Turns:
     def take(self, lost: dict[str, str]) -> list[LoadReport | LeftOut]:
         answers: dict[_Side, list[dict[str, Any]]] = {side: [] for side in self.sides}
         links, cached, disk = list[float](), dict[_Side, float](), dict[_Side, float]()
+        if self.subject.bytes >= LONG_TO_CHECK:
+            time.sleep(RACY / 1e9)
         package = [Path(file) for file in self._ask(_Side("glake-infer", "warm"), None)["files"]]
         for turn in range(self.repeat):
             links.append(
