@@ -1,7 +1,9 @@
 """The parts of the benchmarks: models that are made, files in the page cache, sides, curves."""
 
+import gc as garbage
 import json
 import struct
+import tempfile
 
 import numpy as np
 import onnx
@@ -9,14 +11,24 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from glake_infer.allocators import _native
-from glake_infer.allocators.errors import GlakeError, InputError, MissingDependencyError
+from glake_infer.allocators import Pool, _native
+from glake_infer.allocators.errors import (
+    DeviceNotFoundError,
+    GlakeError,
+    InputError,
+    MissingDependencyError,
+    ModelError,
+    PackageError,
+    StorageFullError,
+)
 from glake_infer.models import load as loading
 from glake_infer.models.bench import child, files, links, made, processes
 from glake_infer.models.bench import load as bench
+from glake_infer.models.bench.resume import bench_resume
 from glake_infer.models.convert import convert
 from glake_infer.models.package import Package
 from glake_infer.models.runner import run
+from glake_infer.residency import Residency
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -89,27 +101,26 @@ def request(package, store, **more):
     return {"task": "load", "side": "glake-infer", "start": "warm", **shared, **more}
 
 
-def test_a_trace_has_rows_for_readers_and_the_session(package, store, tmp_path, monkeypatch):
+@pytest.fixture
+def copied(monkeypatch):
     """Weights are copied, as on a GPU, by the engine whose device is the host's memory."""
+    original = Residency.__init__
     monkeypatch.setattr(loading, "maps_weights", lambda pool: False)
+    monkeypatch.setattr(
+        Residency, "__init__", lambda self, pool, copies, share=None: original(self, pool, True, share)
+    )
+    yield
+    garbage.collect()
+    if pool := Pool.current("cpu"):
+        pool.close()
+
+
+def test_a_trace_has_rows_for_readers_and_the_session(package, store, tmp_path, copied):
     told = []
     trace = tmp_path / "trace.json"
-    warming = {"warming": str(package), "warming_store": str(store.root)}
-
-    class Cold(child.Ours):
-        def load(self, path, request, progress=None):
-            model = super().load(path, request, progress)
-            if progress is None:
-                model.close()  # else the weights would be there already
-            return model
-
-        def run(self, model, feeds):
-            return [] if model.closed else super().run(model, feeds)
-
-        def feeds(self, model, shapes):
-            return {} if model.closed else super().feeds(model, shapes)
-
-    monkeypatch.setitem(child.SESSIONS, "glake-infer", Cold)
+    made.write_small(tmp_path / "tiny.onnx", 3, half=False)
+    convert(tmp_path / "tiny.onnx", tmp_path / "tiny.glake", store=store)
+    warming = {"warming": str(tmp_path / "tiny.glake"), "warming_store": str(store.root)}
     asked = request(package, store, trace=str(trace), **warming)
     answer = child.load_session(asked, told.append)
     assert 0 < answer["to_weights"] < 60
@@ -128,12 +139,15 @@ def test_a_trace_has_rows_for_readers_and_the_session(package, store, tmp_path, 
             assert event["tid"] in rows
     assert "session" in rows.values()
     assert any(row.startswith("reader ") for row in rows.values())
-    read = sum(event["args"]["bytes"] for event in events if rows[event["tid"]].startswith("reader ") and "args" in event)
+    read = sum(
+        event["args"]["bytes"]
+        for event in events
+        if event["ph"] == "X" and rows[event["tid"]].startswith("reader ")
+    )
     assert read >= 1 << 20
 
 
-def test_a_run_tells_the_bytes_of_weights(package, store, monkeypatch):
-    monkeypatch.setattr(loading, "maps_weights", lambda pool: False)
+def test_a_run_tells_the_bytes_of_weights(package, store, copied):
     told = []
     run([package], store=store, progress=lambda *each: told.append(each))
     bars = [(done, total) for name, done, total in told if name == "loading m"]
@@ -143,7 +157,7 @@ def test_a_run_tells_the_bytes_of_weights(package, store, monkeypatch):
 def test_a_side_that_fails_says_why(package, store):
     with pytest.raises(InputError, match="no such input"):
         processes.ask(request(package, store, start="cold", shapes=["nope=1"]))
-    with pytest.raises(GlakeError, match=r"exit code 1 and no answer.*KeyError"):
+    with pytest.raises(GlakeError, match=r"(?s)exit code 1 and no answer.*KeyError"):
         processes.ask({"task": "nothing", "side": "x"})
 
 
@@ -151,6 +165,73 @@ def test_twins_without_their_packages(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(MissingDependencyError, match="PyTorch"):
         child.load_tensors({"side": "safetensors", "device": "cpu"}, print)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, InputError, "--bytes"),
+        ({"model": "a.glake", "size": "1MiB"}, InputError, "expected one of"),
+        ({"model": "missing.glake"}, PackageError, "does not exist"),
+        ({"model": "missing.onnx"}, ModelError, r"missing\.onnx"),
+        ({"size": "1KiB"}, InputError, r"64\.0 KiB or more"),
+        ({"size": "80TiB"}, StorageFullError, "free"),
+        ({"size": "much"}, InputError, "4GiB"),
+        ({"size": "1MiB", "folder": "nowhere"}, InputError, "nowhere"),
+        ({"size": "1MiB", "trace": "nowhere/t.json"}, InputError, "nowhere/t.json"),
+        ({"size": "1MiB", "device": "tpu"}, DeviceNotFoundError, "'cpu'"),
+        ({"size": "1MiB", "repeat": 0}, InputError, "repeat=0"),
+    ],
+)
+def test_what_cannot_be_measured(store, tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(error, match=message):
+        bench.bench_load(**arguments)
+    if "trace" not in arguments:
+        with pytest.raises(error, match=message):
+            bench_resume(**arguments)
+    assert not list(tmp_path.glob("glake-bench-*"))
+
+
+def test_sides_take_turns_and_figures_are_medians(tmp_path, monkeypatch):
+    """Of a GPU, with processes that are made up."""
+    asked = []
+    seconds = iter([9.0, 1.0, 3.0, 2.0, 8.0, 5.0, 4.0, 4.0, 1.0] * 4)
+
+    def ask(request, environment=None, progress=None):
+        asked.append((request["task"], request["side"]))
+        if request["task"] == "raw":
+            return {"to_device": 1e6}
+        if request["side"] == "fastsafetensors":
+            raise MissingDependencyError("PyTorch has no CUDA here")
+        took = next(seconds)
+        common = {"to_weights": took, "to_session": took, "to_answer": took, "outputs": [[1.0, took]]}
+        ours = {"in_flight": 5, "in_flight_bound": 7, "paths": "own", "verified": "once"}
+        return {**common, **ours, "files": [str(tmp_path / "f")]}
+
+    (tmp_path / "f").write_bytes(b"x" * 10)
+    monkeypatch.setattr(bench, "ask", ask)
+    monkeypatch.setattr(
+        bench, "missing", lambda *names: "not installed: it" if "safetensors" in names else ""
+    )
+    found = bench.bench_load(small=8, repeat=3, folder=tmp_path)
+    small, large, lost = found[:2], found[2:4], found[4:]
+    sides = [("load", "glake-infer"), ("load", "onnxruntime"), ("tensors", "fastsafetensors")]
+    assert asked[:8] == [sides[0], ("raw", "raw"), *sides, ("raw", "raw"), *sides[:2]]
+    assert {(each.model, each.bytes, each.side) for each in found[:4]} == {
+        (model, 8 * made.SMALL, side)
+        for model in ("small", "large")
+        for side in ("glake-infer", "onnxruntime")
+    }
+    for report in (*small, *large):
+        assert report.to_answer == sorted(report.turns)[1]
+        assert report.rate == report.bytes / report.to_answer
+        assert (report.link, report.goal, len(report.turns)) == (1e6, None, 3)
+    assert {(each.side, each.reason) for each in lost} == {
+        ("safetensors", "not installed: it"), ("fastsafetensors", "PyTorch has no CUDA here")
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == [tmp_path / "f"]
 
 
 def test_differences_of_answers():
