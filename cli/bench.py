@@ -129,7 +129,7 @@ def load(
     fastsafetensors where they are installed. A warm process has loaded and run a tiny model before; a cold one is timed
     from its start, with its imports. Every turn is a process of its own, and the sides take turns; medians. Goal: the
     bytes at 0.85 of the raw rate of one link in the same run, and 50 ms.
-    """  # fmt: skip
+    """
     from glake_infer.models.bench.load import bench_load
 
     with output.progress("") as progress:
@@ -222,7 +222,7 @@ def resume(
 
     Beside it, in the same run: raw copies of page-locked memory over one path and over all, PyTorch's copy_ from a pinned
     tensor, and plain ONNX Runtime making its session anew until that has answered. Medians.
-    """  # fmt: skip
+    """
     from glake_infer.models.bench.resume import bench_resume
 
     with output.progress("") as progress:

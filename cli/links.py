@@ -22,7 +22,7 @@ def links(
 
     A path is one way between the host and a GPU: its own PCIe link, or a peer's. GLAKE_PATHS says which are used. Opens
     every GPU that the process sees.
-    """  # fmt: skip
+    """
     from glake_infer.models.bench.links import examine_links
 
     with output.progress("measuring") as progress:

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -325,7 +324,7 @@ def load_tensors(request: Request, say: Say) -> dict[str, Any]:
         from fastsafetensors import SafeTensorsFileLoader, SingleGroup
 
         def load(path: str) -> Any:
-            loader = SafeTensorsFileLoader(SingleGroup(), request["device"], nogds=True)
+            loader = SafeTensorsFileLoader(pg=SingleGroup(), device=request["device"], nogds=True)
             loader.add_filenames({0: [path]})
             buffer = loader.copy_files_to_device()
             return loader, buffer, [buffer.get_tensor(name) for name in buffer.key_to_rank_lidx]
@@ -353,7 +352,7 @@ def copy_tensors(request: Request, say: Say) -> dict[str, Any]:
                 target[:count].copy_(source[:count], non_blocking=True)
         if turn:
             resumes += found
-    return {"suspends": [], "resumes": resumes, "median": statistics.median(resumes)}
+    return {"suspends": [], "resumes": resumes}
 
 
 TASKS: dict[str, Callable[[Request, Say], dict[str, Any]]] = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glake_infer.allocators.errors import InputError, MissingDependencyError
+from glake_infer.allocators.errors import GlakeError, InputError, MissingDependencyError
 from glake_infer.holding import HostCopy
 from glake_infer.models.bench.load import LeftOut, writable
 from glake_infer.models.bench.processes import ask, told
@@ -30,25 +30,27 @@ class ResumeReport:
     a pinned tensor); "onnxruntime" (the session made anew, until it has answered)."""
     device: str
     bytes: int
-    resume: float | None
+    turns: tuple[float, ...]
+    """Seconds of waking; for raw copies bytes per second."""
     rate: float
     """To the device."""
-    suspend: float | None
-    suspend_rate: float | None
+    resume: float | None = None
+    suspend: float | None = None
+    suspend_rate: float | None = None
     """For raw copies: the rate to the host."""
-    paths: int | None
-    """Of raw copies."""
-    host_copy: str | None
-    used_paths: str | None
-    freed: int | None
+    paths: int | None = None
+    """Of raw copies: how many."""
+    host_copy: str | None = None
+    """Of ours, as the rest."""
+    used_paths: str | None = None
+    freed: int | None = None
     """The bytes that `suspend` gave back."""
-    pinned: int | None
-    in_flight: int | None
-    in_flight_bound: int | None
-    verified: str | None
-    right: bool | None
+    pinned: int | None = None
+    in_flight: int | None = None
+    in_flight_bound: int | None = None
+    verified: str | None = None
+    right: bool | None = None
     """Whether all answers after waking were the same bits."""
-    turns: tuple[float, ...]
 
 
 def bench_resume(
@@ -77,19 +79,12 @@ def bench_resume(
         about = {"device": shop.device, "shapes": list(shapes), "repeat": repeat, "bytes": subject.bytes}
 
         def report(side: str, answer: dict[str, Any], **more: Any) -> ResumeReport:
-            found: dict[str, Any] = {
-                "bytes": subject.bytes, "paths": None, "host_copy": None, "used_paths": None, "freed": None,
-                "pinned": None, "in_flight": None, "in_flight_bound": None, "verified": None, "right": None, **more,
-            }  # fmt: skip
-            size, slept = found["bytes"], answer["suspends"] and statistics.median(answer["suspends"])
-            woken = statistics.median(answer["resumes"])
-            found |= {
-                "resume": woken,
-                "rate": size / woken if woken else 0.0,
-                "turns": tuple(answer["resumes"]),
-            }
-            found |= {"suspend": slept or None, "suspend_rate": size / slept if slept else None}
-            return ResumeReport(model=subject.name, side=side, device=shop.device, **found)
+            size, turns = more.pop("bytes", subject.bytes), tuple(answer["resumes"])
+            woken, slept = statistics.median(turns), statistics.median(answer["suspends"] or [0])
+            return ResumeReport(
+                subject.name, side, shop.device, size, turns, size / woken, woken,
+                slept or None, size / slept if slept else None, **more,
+            )  # fmt: skip
 
         def measured(which: UsedPaths) -> dict[str, Any]:
             request = {"task": "raw", "side": "raw copy", "device": shop.device, "paths": which}
@@ -107,29 +102,27 @@ def bench_resume(
         found: list[ResumeReport | LeftOut] = [
             report("glake-infer", ours, host_copy=host_copy, used_paths=paths, **known)
         ]
-        plain = {**about, "task": "make again", "side": "onnxruntime", "path": str(subject.onnx)}
-        answer = ask(plain, progress=told(progress, "making sessions anew"))
-        found.append(report("onnxruntime", answer))
-        if reason := missing("torch"):
-            found.append(LeftOut("torch", reason))
-        else:
+        twins = {
+            "onnxruntime": {**about, "task": "make again", "path": str(subject.onnx)},
+            "torch": {**about, "task": "copy"},
+        }
+        for side, request in twins.items():
             try:
-                answer = ask(
-                    {**about, "task": "copy", "side": "torch"}, progress=told(progress, "copying by torch")
+                if side == "torch" and (reason := missing("torch")):
+                    raise MissingDependencyError(reason)
+                found.append(
+                    report(side, ask({**request, "side": side}, progress=told(progress, f"timing {side}")))
                 )
-                found.append(report("torch", answer))
-            except MissingDependencyError as error:
-                found.append(LeftOut("torch", str(error)))
-        for which, name in (("own", "raw copy, one path"), ("all", "raw copy, all paths")):
-            answers = raws[which]  # type: ignore[index]
-            answers += [measured(which) for _ in range(RAW_TURNS - 1)]  # type: ignore[arg-type]
-            rates = [statistics.median(a[way] for a in answers) for way in ("to_device", "to_host")]
+            except GlakeError as error:
+                found.append(LeftOut(side, str(error)))
+        for which, answers in raws.items():
+            answers += [measured(which) for _ in range(RAW_TURNS - 1)]
+            name = "raw copy, one path" if which == "own" else "raw copy, all paths"
+            down, up = (tuple(answer[way] for answer in answers) for way in ("to_device", "to_host"))
             found.append(
                 ResumeReport(
-                    model=subject.name, side=name, device=shop.device, bytes=subject.bytes, resume=None,
-                    rate=rates[0], suspend=None, suspend_rate=rates[1], paths=answers[0]["paths"], host_copy=None,
-                    used_paths=None, freed=None, pinned=None, in_flight=None, in_flight_bound=None, verified=None,
-                    right=None, turns=tuple(a["to_device"] for a in answers),
+                    subject.name, name, shop.device, subject.bytes, down, statistics.median(down),
+                    suspend_rate=statistics.median(up), paths=answers[0]["paths"],
                 )
             )  # fmt: skip
         return found

@@ -3,7 +3,10 @@
 import gc as garbage
 import json
 import struct
+import sys
 import tempfile
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -161,8 +164,66 @@ def test_a_side_that_fails_says_why(package, store):
         processes.ask({"task": "nothing", "side": "x"})
 
 
+class FakeTorch:
+    """As much of PyTorch, safetensors and fastsafetensors as the sides use, on numpy."""
+
+    uint8 = np.uint8
+    ones = staticmethod(
+        lambda count, device: SimpleNamespace(sum=lambda: SimpleNamespace(item=lambda: count))
+    )
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def __getitem__(self, key):
+            return FakeTorch.Tensor(self.array[key])
+
+        def copy_(self, other, non_blocking):
+            self.array[:] = other.array
+
+    @staticmethod
+    def zeros(size, dtype):
+        return FakeTorch.Tensor(np.zeros(size, dtype))
+
+    @staticmethod
+    def empty(size, dtype, device):
+        return FakeTorch.Tensor(np.ones(size, dtype))
+
+    class Loader:
+        def __init__(self, *, pg, device, nogds):
+            assert nogds
+
+        def add_filenames(self, files):
+            ((self.path,),) = files.values()
+
+        def copy_files_to_device(self):
+            FakeTorch.loaded.append(self.path)
+            return SimpleNamespace(key_to_rank_lidx={"a": 0}, get_tensor=lambda name: name)
+
+    loaded: ClassVar[list[str]] = []
+
+
+def test_the_copies_of_others(monkeypatch):
+    fakes = {
+        "torch": FakeTorch,
+        "safetensors": SimpleNamespace(),
+        "safetensors.torch": SimpleNamespace(load_file=lambda path, device: FakeTorch.loaded.append(path)),
+        "fastsafetensors": SimpleNamespace(SafeTensorsFileLoader=FakeTorch.Loader, SingleGroup=object),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    asked = {"device": "cpu", "warming": "tiny", "path": "large"}
+    for side in ("safetensors", "fastsafetensors"):
+        FakeTorch.loaded.clear()
+        assert child.load_tensors({**asked, "side": side}, print)["to_weights"] > 0
+        assert FakeTorch.loaded == ["tiny", "large"]
+    found = child.copy_tensors({**asked, "bytes": 1000, "repeat": 2}, print)
+    assert len(found["resumes"]) == 2
+
+
 def test_twins_without_their_packages(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match="PyTorch"):
         child.load_tensors({"side": "safetensors", "device": "cpu"}, print)
 
