@@ -6,10 +6,14 @@ namespace {
 
 std::string short_name(const CudaContext& context) { return "cuda:" + std::to_string(context.index()); }
 
-void make_stream(const CudaContext& context, CUstream& stream) {
-  if (stream != nullptr) return;
+using Streams = std::array<CUstream, CopyLink::depth>;
+
+void make_streams(const CudaContext& context, Streams& streams) {
   const CurrentContext current(context);
-  context.check(context.driver.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  for (CUstream& stream : streams) {
+    if (stream != nullptr) continue;
+    context.check(context.driver.stream_create(&stream, CU_STREAM_NON_BLOCKING), "making a stream (cuStreamCreate)");
+  }
 }
 
 void make_events(const CudaContext& context, std::array<CUevent, CopyLink::depth>& events) {
@@ -20,10 +24,12 @@ void make_events(const CudaContext& context, std::array<CUevent, CopyLink::depth
   }
 }
 
-void end(const CudaContext& context, CUstream stream) noexcept {
-  if (stream == nullptr) return;
+void end(const CudaContext& context, const Streams& streams) noexcept {
   const CurrentContext current(context);
-  context.report(context.driver.stream_destroy(stream), "destroying a stream (cuStreamDestroy)", 0);
+  for (const CUstream stream : streams) {
+    if (stream != nullptr)
+      context.report(context.driver.stream_destroy(stream), "destroying a stream (cuStreamDestroy)", 0);
+  }
 }
 
 void end(const CudaContext& context, const std::array<CUevent, CopyLink::depth>& events) noexcept {
@@ -34,11 +40,12 @@ void end(const CudaContext& context, const std::array<CUevent, CopyLink::depth>&
   }
 }
 
-void settle_stream(const CudaContext& context, CUstream stream) noexcept {
-  if (stream == nullptr) return;
+void settle_streams(const CudaContext& context, const Streams& streams) noexcept {
   const CurrentContext current(context);
   const RelaxedCapture relaxed(context.driver);
-  (void)context.driver.stream_synchronize(stream);  // fails where the context is lost: then nothing runs there
+  for (const CUstream stream : streams) {  // fails where the context is lost: then nothing runs there
+    if (stream != nullptr) (void)context.driver.stream_synchronize(stream);
+  }
 }
 
 void copy(const CudaContext& context, Direction direction, std::byte* host, Address device, std::size_t bytes,
@@ -57,10 +64,10 @@ void record(const CudaContext& context, CUevent event, CUstream stream) {
   context.check(context.driver.event_record(event, stream), "marking a copy (cuEventRecord)");
 }
 
-void wait_for(const CudaContext& context, CUevent event) {
+void wait_for(const CudaContext& context, CUstream stream) {
   const CurrentContext current(context);
   const RelaxedCapture relaxed(context.driver);
-  context.check(context.driver.event_synchronize(event), "waiting for a copy (cuEventSynchronize)");
+  context.check(context.driver.stream_synchronize(stream), "waiting for a copy (cuStreamSynchronize)");
 }
 
 }  // namespace
@@ -69,32 +76,25 @@ CudaLink::CudaLink(std::shared_ptr<const CudaContext> context)
     : context_(std::move(context)), driver_(context_->driver), name_(short_name(*context_)) {}
 
 CudaLink::~CudaLink() {
-  for (const Way& way : ways_) {
-    end(*context_, way.done);
-    end(*context_, way.stream);
-  }
+  for (const Way& way : ways_) end(*context_, way.streams);
 }
 
 CudaLink::Way& CudaLink::way(Direction direction) {
   Way& way = ways_[static_cast<std::size_t>(direction)];
-  if (way.done.back() == nullptr) {
-    make_stream(*context_, way.stream);
-    make_events(*context_, way.done);
-  }
+  if (way.streams.back() == nullptr) make_streams(*context_, way.streams);
   return way;
 }
 
 void CudaLink::start(Direction direction, unsigned slot, std::byte* host, Address device, std::size_t bytes) {
-  const Way& used = way(direction);
+  const CUstream stream = way(direction).streams[slot];
   const CurrentContext current(*context_);
-  copy(*context_, direction, host, device, bytes, used.stream);
-  record(*context_, used.done[slot], used.stream);
+  copy(*context_, direction, host, device, bytes, stream);
 }
 
-void CudaLink::finish(Direction direction, unsigned slot) { wait_for(*context_, way(direction).done[slot]); }
+void CudaLink::finish(Direction direction, unsigned slot) { wait_for(*context_, way(direction).streams[slot]); }
 
 void CudaLink::settle(Direction direction) noexcept {
-  settle_stream(*context_, ways_[static_cast<std::size_t>(direction)].stream);
+  settle_streams(*context_, ways_[static_cast<std::size_t>(direction)].streams);
 }
 
 CudaRelay::CudaRelay(std::shared_ptr<const CudaContext> own, std::shared_ptr<const CudaContext> peer, Address staging,
@@ -127,19 +127,15 @@ CudaRelay::~CudaRelay() {
     end(*own_, way.at_own);
   }
   end(*peer_, ways_[0].staged);
-  end(*own_, ways_[0].done);
   end(*own_, ways_[1].staged);
-  end(*peer_, ways_[1].done);
 }
 
 CudaRelay::Way& CudaRelay::way(Direction direction) {
   Way& way = ways_[static_cast<std::size_t>(direction)];
-  if (way.done.back() == nullptr) {
-    const bool down = direction == Direction::to_device;
-    make_stream(*peer_, way.at_peer);
-    make_stream(*own_, way.at_own);
-    make_events(down ? *peer_ : *own_, way.staged);
-    make_events(down ? *own_ : *peer_, way.done);
+  if (way.staged.back() == nullptr) {
+    make_streams(*peer_, way.at_peer);
+    make_streams(*own_, way.at_own);
+    make_events(direction == Direction::to_device ? *peer_ : *own_, way.staged);
   }
   return way;
 }
@@ -152,7 +148,7 @@ void CudaRelay::start(Direction direction, unsigned slot, std::byte* host, Addre
   const Way& used = way(direction);
   const Address staged = buffer(direction, slot);
   const auto hop = [&](CUdeviceptr target, CUdeviceptr source) {
-    own_->check(driver_.memcpy_dtod_async(target, source, bytes, used.at_own),
+    own_->check(driver_.memcpy_dtod_async(target, source, bytes, used.at_own[slot]),
                 "copying between GPUs (cuMemcpyDtoDAsync)", bytes);
   };
   const auto wait = [&](const CudaContext& context, CUstream stream) {
@@ -162,34 +158,33 @@ void CudaRelay::start(Direction direction, unsigned slot, std::byte* host, Addre
   if (direction == Direction::to_device) {
     {
       const CurrentContext current(*peer_);
-      copy(*peer_, direction, host, staged, bytes, used.at_peer);
-      record(*peer_, used.staged[slot], used.at_peer);
+      copy(*peer_, direction, host, staged, bytes, used.at_peer[slot]);
+      record(*peer_, used.staged[slot], used.at_peer[slot]);
     }
     const CurrentContext current(*own_);
-    wait(*own_, used.at_own);
+    wait(*own_, used.at_own[slot]);
     hop(device, staged);
-    record(*own_, used.done[slot], used.at_own);
   } else {
     {
       const CurrentContext current(*own_);
       hop(staged, device);
-      record(*own_, used.staged[slot], used.at_own);
+      record(*own_, used.staged[slot], used.at_own[slot]);
     }
     const CurrentContext current(*peer_);
-    wait(*peer_, used.at_peer);
-    copy(*peer_, direction, host, staged, bytes, used.at_peer);
-    record(*peer_, used.done[slot], used.at_peer);
+    wait(*peer_, used.at_peer[slot]);
+    copy(*peer_, direction, host, staged, bytes, used.at_peer[slot]);
   }
 }
 
 void CudaRelay::finish(Direction direction, unsigned slot) {
-  wait_for(direction == Direction::to_device ? *own_ : *peer_, way(direction).done[slot]);
+  const Way& used = way(direction);
+  direction == Direction::to_device ? wait_for(*own_, used.at_own[slot]) : wait_for(*peer_, used.at_peer[slot]);
 }
 
 void CudaRelay::settle(Direction direction) noexcept {
   const Way& used = ways_[static_cast<std::size_t>(direction)];
-  settle_stream(*peer_, used.at_peer);
-  settle_stream(*own_, used.at_own);
+  settle_streams(*peer_, used.at_peer);
+  settle_streams(*own_, used.at_own);
 }
 
 }  // namespace glake

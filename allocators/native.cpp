@@ -280,8 +280,9 @@ NB_MODULE(_native, module) {
       .def("set_policy", &Pool::set_policy, "user"_a, "evictable"_a, "priority"_a, Unlocked())
       .def("user", &user, "user"_a, nb::sig("def user(self, user: int) -> dict[str, Any]"))
       .def(
-          "begin_use", [](Pool& self, Weights::Id user) { return self.begin_use(user, &check_signals); }, "user"_a,
-          "Returns the chunks to load.", Unlocked())
+          "begin_use",
+          [](Pool& self, Weights::Id user, bool later) { return self.begin_use(user, later, &check_signals); },
+          "user"_a, "later"_a = false, "Returns the chunks to load; with `later` make() gives them memory.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
       .def("size_of", &Pool::size_of, "chunk"_a, Unlocked())
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())

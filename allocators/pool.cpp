@@ -827,11 +827,11 @@ void Pool::wait_for_change(std::unique_lock<std::mutex>& lock, const std::functi
   lock.lock();
 }
 
-std::vector<Weights::Id> Pool::begin_use(Weights::Id user, const std::function<void()>& poll) {
-  return with_room([&] { return begin_use_once(user, poll); });
+std::vector<Weights::Id> Pool::begin_use(Weights::Id user, bool later, const std::function<void()>& poll) {
+  return with_room([&] { return begin_use_once(user, later, poll); });
 }
 
-std::vector<Weights::Id> Pool::begin_use_once(Weights::Id user, const std::function<void()>& poll) {
+std::vector<Weights::Id> Pool::begin_use_once(Weights::Id user, bool later, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);
   const auto asked = Weights::Clock::now();
@@ -851,7 +851,7 @@ std::vector<Weights::Id> Pool::begin_use_once(Weights::Id user, const std::funct
         uses_of_this_thread == 0 && std::find(suspending_.begin(), suspending_.end(), user) != suspending_.end();
     if (!behind && !held) {
       try {
-        if (auto chunks = resident_.begin(user)) {
+        if (auto chunks = resident_.begin(user, later)) {
           ++uses_of_this_thread;
           if (mine != waiters_.end()) leave();
           verify();

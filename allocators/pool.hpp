@@ -233,7 +233,8 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void set_policy(Weights::Id user, bool evictable, int priority);
   [[nodiscard]] Weights::UserView user(Weights::Id user) const;
   // `poll` is called now and then while it waits, without the lock; if it throws, the wait ends so.
-  [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user, const std::function<void()>& poll = {});
+  [[nodiscard]] std::vector<Weights::Id> begin_use(Weights::Id user, bool later = false,
+                                                   const std::function<void()>& poll = {});
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
   [[nodiscard]] std::size_t size_of(Weights::Id chunk) const;
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
@@ -334,7 +335,8 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   template <class Request>
   auto with_room(const Request& request);
   [[nodiscard]] std::optional<std::string> grow(const OutOfMemory& record);
-  [[nodiscard]] std::vector<Weights::Id> begin_use_once(Weights::Id user, const std::function<void()>& poll);
+  [[nodiscard]] std::vector<Weights::Id> begin_use_once(Weights::Id user, bool later,
+                                                        const std::function<void()>& poll);
 
   struct Found {
     Range* range = nullptr;  // that was handed out, or the slab's

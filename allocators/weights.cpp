@@ -251,7 +251,7 @@ bool Weights::someone_else_is_busy(const User& user) const noexcept {
                      [&](const auto& each) { return &each.second != &user && each.second.busy != 0; });
 }
 
-std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
+std::optional<std::vector<Weights::Id>> Weights::begin(Id id, bool later) {
   User& user = find(users_, id);
   std::vector<Id> loading;
   if (user.missing != 0) {
@@ -282,7 +282,7 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
     try {
       loading.reserve(absent.size());
       for (Chunk* chunk : absent) {
-        make_present(*chunk);
+        make_present(*chunk, later);
         ++present;
         loading.push_back(chunk->id);
       }
@@ -306,7 +306,7 @@ std::optional<std::vector<Weights::Id>> Weights::begin(Id id) {
   return loading;
 }
 
-void Weights::make_present(Chunk& chunk) {
+void Weights::make_present(Chunk& chunk, bool later) {
   while (!budget_.reserve(chunk.bytes, chunk.common())) {
     const Which which = budget_.quota_binds(chunk.common() ? chunk.bytes : 0) ? Which::own : Which::all;
     if (evict(chunk.bytes, which) == 0) throw NoRoom{chunk.bytes};
@@ -314,17 +314,7 @@ void Weights::make_present(Chunk& chunk) {
   reserved_ += chunk.bytes;
   if (chunk.common()) common_ += chunk.bytes;
   try {
-    if (chunk.kind == Kind::memory) {
-      std::optional<PhysicalMemory> physical;
-      try {
-        physical.emplace(memory_, chunk.bytes);
-      } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
-        budget_.give_back_idle();
-        evict(chunk.bytes, Which::own);
-        physical.emplace(memory_, chunk.bytes);
-      }
-      take(chunk, std::move(*physical), Access::read_write);
-    }
+    if (chunk.kind == Kind::memory && !later) take(chunk, create(chunk), Access::read_write);
     chunk.state = State::loading;
     if (!chunk.users.empty()) activate(chunk);
   } catch (...) {
@@ -334,6 +324,17 @@ void Weights::make_present(Chunk& chunk) {
     if (chunk.common()) common_ -= chunk.bytes;
     budget_.unreserve(chunk.bytes, chunk.common());
     throw;
+  }
+}
+
+PhysicalMemory Weights::create(const Chunk& chunk) {
+  if (chunk.shared()) return PhysicalMemory(memory_, memory_.create_shared(chunk.bytes));
+  try {
+    return PhysicalMemory(memory_, chunk.bytes);
+  } catch (const DriverError&) {  // the device, or the system, may have less room than our limit
+    budget_.give_back_idle();
+    evict(chunk.bytes, Which::own);
+    return PhysicalMemory(memory_, chunk.bytes);
   }
 }
 
@@ -411,13 +412,12 @@ void Weights::take(Chunk& chunk, PhysicalMemory physical, Access access) {
 }
 
 void Weights::make(Id id) {
-  Chunk& chunk = loading(id, Kind::shared);
-  const auto create = [&] { return PhysicalMemory(memory_, memory_.create_shared(chunk.bytes)); };
+  Chunk& chunk = loading(id, find(chunks_, id).kind == Kind::memory ? Kind::memory : Kind::shared);
   try {
-    take(chunk, create(), Access::read_write);
+    take(chunk, create(chunk), Access::read_write);
   } catch (const DeviceFullError&) {
     budget_.give_back_idle();
-    take(chunk, create(), Access::read_write);
+    take(chunk, create(chunk), Access::read_write);
   }
 }
 
@@ -633,9 +633,9 @@ void Weights::check_invariants() const {
   std::size_t common = 0;
   for (const auto& [id, chunk] : chunks_) {
     require(!chunk.places.empty(), "every chunk of weights has an address");
-    require(chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical ||
-                (chunk.shared() && chunk.state == State::loading),
-            "a chunk of weights has memory exactly while it is not absent");
+    require(
+        chunk.kind == Kind::file || (chunk.state == State::absent) == !chunk.physical || chunk.state == State::loading,
+        "a chunk of weights has memory exactly while it is not absent");
     if (chunk.state == State::absent) continue;
     reserved += chunk.bytes;
     if (chunk.common()) common += chunk.bytes;

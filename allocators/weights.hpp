@@ -105,12 +105,13 @@ class Weights {
 
   // Begins a use. Nothing: the caller waits until something has changed, and asks again: another user is loading what
   // this one needs, or there is room only once another has ended. Else the user is busy, and the chunks that are named
-  // are loading: the caller fills them and says loaded() or failed(). Throws NoRoom if there is no room and none to
-  // wait for (nothing was evicted then), DeviceFullError, DriverError.
+  // are loading: the caller fills them and says loaded() or failed(). With `later` they have no memory yet, only room:
+  // make() gives it, so that the first are filled while the last are mapped. Throws NoRoom if there is no room and none
+  // to wait for (nothing was evicted then), DeviceFullError, DriverError.
   struct NoRoom {
     std::size_t bytes = 0;
   };
-  [[nodiscard]] std::optional<std::vector<Id>> begin(Id user);
+  [[nodiscard]] std::optional<std::vector<Id>> begin(Id user, bool later = false);
   void loaded(Id user, std::span<const Id> chunks);
   // They are absent again, and the use has ended; with it the only one, the user is as after suspend().
   void failed(Id user, std::span<const Id> chunks) noexcept;
@@ -122,7 +123,7 @@ class Weights {
   void end_writing(Id chunk, Address address);
   // Fills a loading chunk of kind file with the first `bytes` of a file.
   void map_file(Id chunk, int descriptor, std::size_t bytes);
-  // Gives a loading chunk of kind shared memory to be written to.
+  // Gives a loading chunk of kind shared, or one that was to have it later, memory to be written to.
   void make(Id chunk);
   void unmake(Id chunk) noexcept;  // takes it back, if it was given
   // Nobody can write to it any more (loaded() does this to all others).
@@ -223,7 +224,8 @@ class Weights {
   template <class Map>
   [[nodiscard]] static auto& find(Map& map, Id id);  // throws InvalidPointer
   void take_out(Region& region, std::size_t count);
-  void make_present(Chunk& chunk);
+  void make_present(Chunk& chunk, bool later);
+  [[nodiscard]] PhysicalMemory create(const Chunk& chunk);
   void make_absent(Chunk& chunk, bool drop = false) noexcept;
   [[nodiscard]] Chunk& loading(Id chunk, Kind kind);
   void take(Chunk& chunk, PhysicalMemory physical, Access access);

@@ -306,7 +306,7 @@ def _build_session(
     )
     holding.progress = progress
     stream = 0
-    later = not model._maps and weights_may_come_later(prepared.graph, providers)
+    later = pool.device != "cpu" and weights_may_come_later(prepared.graph, providers)
     try:
         with holding.arriving() if later else holding, timeline.span("session", f"build {model.name}"):
             if prepared.optimized:
