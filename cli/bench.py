@@ -26,7 +26,7 @@ app = typer.Typer(
 Lines = Annotated[bool, typer.Option("--json", help="Print one JSON line per result.")]
 Subject = Annotated[
     Path | None,
-    typer.Argument(metavar="[MODEL]", help="A package (.glake) or an ONNX model.", show_default=False),
+    typer.Argument(metavar="MODEL", help="A package (.glake) or an ONNX model.", show_default=False),
 ]
 Bytes = Annotated[
     str | None,
