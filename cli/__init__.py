@@ -23,6 +23,7 @@ from glake_infer.cli import (
     demo,
     doctor,
     inspect,
+    links,
     report,
     run,
     ship,
@@ -55,7 +56,22 @@ def _root() -> None:
     pass
 
 
-for _family in (convert, run, inspect, ship, store, broker, top, report, zoo, demo, doctor, trace, bench):
+for _family in (
+    convert,
+    run,
+    inspect,
+    ship,
+    store,
+    broker,
+    top,
+    report,
+    zoo,
+    demo,
+    doctor,
+    links,
+    trace,
+    bench,
+):
     _family.register(app)
 
 

@@ -42,6 +42,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * 1e3:#.3g} ms".replace(". ", " ") if seconds < 0.9995 else f"{seconds:.2f} s"
 
 
+def rate(value: float | None) -> str:
+    """Bytes per second for people, in GB/s as links are sold."""
+    return "-" if value is None else f"{value / 1e9:.3g} GB/s"
+
+
 def number(value: float | None) -> str:
     """Four significant digits."""
     return "-" if value is None else f"{value:.4g}"

@@ -39,6 +39,7 @@ class Bars:
         """Write `what` before every name."""
         self._what = what
         self._tasks: dict[str, TaskID] = {}
+        self._shown = ""
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -58,9 +59,14 @@ class Bars:
         self._progress.stop()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Move the bar called `name`."""
-        if name not in self._tasks:
-            for task in self._progress.task_ids:
-                self._progress.update(task, visible=False)
-            self._tasks[name] = self._progress.add_task(f"{self._what} {name}".strip(), total=total)
-        self._progress.update(self._tasks[name], completed=done, total=total, visible=done < total)
+        """Move the bar called `name`; from 0 on it begins anew."""
+        bars, task = self._progress, self._tasks.get(name)
+        if task is None:
+            task = self._tasks[name] = bars.add_task(f"{self._what} {name}".strip(), total=total)
+        elif not done:
+            bars.reset(task, total=total)
+        if name != self._shown:
+            for other in bars.task_ids:
+                bars.update(other, visible=False)
+            self._shown = name
+        bars.update(task, completed=done, total=total, visible=done < total)

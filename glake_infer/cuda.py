@@ -69,6 +69,17 @@ def queue_to_device(index: int, address: int, source: int, size: int, stream: in
         _check("cuMemcpyHtoDAsync", driver.cuMemcpyHtoDAsync(address, source, size, stream), what)
 
 
+def queue_to_host(index: int, address: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from `source` on GPU `index` to the host's `address`, which is pinned.
+
+    The bytes are there once the stream has passed the copy.
+    """
+    driver = _driver()
+    with _context(index):
+        what = f"copying {size} bytes from cuda:{index} to the host"
+        _check("cuMemcpyDtoHAsync", driver.cuMemcpyDtoHAsync(address, source, size, stream), what)
+
+
 def allocate_pinned(index: int, size: int) -> int:
     """Return the address of `size` bytes of page-locked host memory (0.6 s for a GiB). Raises DriverError."""
     driver = _driver()

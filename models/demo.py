@@ -12,11 +12,9 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +24,11 @@ from typing import Any
 import numpy as np
 
 from glake_infer.allocators.attach import import_onnxruntime
-from glake_infer.allocators.errors import GlakeError, InputError, StorageFullError
-from glake_infer.allocators.sizes import format_bytes
+from glake_infer.allocators.errors import GlakeError, InputError
 from glake_infer.models import zoo
 from glake_infer.models.convert import convert
 from glake_infer.models.progress import Progress
+from glake_infer.models.scratch import check_room, temporary_folder
 from glake_infer.store import Store
 
 HEADS = {"sentiment": 2, "topics": 14, "intents": 77, "languages": 128}
@@ -270,25 +268,8 @@ def _folder(keep: str | os.PathLike[str] | None, scale: Scale) -> Iterator[Path]
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise InputError(f"--keep {keep}: expected a new or an empty folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, needed)
+        check_room(folder, needed, "the demo", "--keep")
         yield folder
         return
-    places = [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.home()]
-    place = next(
-        (p for p in places if p.is_dir() and os.access(p, os.W_OK) and _free(p) >= needed), places[0]
-    )
-    _check_room(place, needed)
-    with tempfile.TemporaryDirectory(prefix="glake-demo-", dir=place) as temporary:
-        yield Path(temporary)
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    if _free(folder) < needed:
-        raise StorageFullError(
-            f"the demo writes about {format_bytes(needed)}, and {folder} has {format_bytes(_free(folder))} "
-            f"free. Free some space, or point TMPDIR or --keep to another disk."
-        )
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+    with temporary_folder("glake-demo-", needed, "the demo", "--keep") as temporary:
+        yield temporary

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glake_infer.allocators.devices import cpu_memory
+from glake_infer.allocators.errors import InputError
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.store import default_root
+from glake_infer.transfers.settings import transfer_settings
 from glake_infer.version import __version__
 
 PACKAGES = ("onnx", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-python", "tensorrt", "tensorrt-rtx")
@@ -306,11 +308,25 @@ def _checks(store: Path) -> Iterator[Check]:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     locked = "unlimited" if soft == resource.RLIM_INFINITY else format_bytes(soft)
     yield Check("locked memory", True, f"limit {locked} (nothing here locks memory on the CPU)")
+    yield _check_transfers()
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield Check(
         "open files",
         files >= 256,
         f"limit {files}" + ("" if files >= 256 else "; raise it with `ulimit -n 1024`"),
+    )
+
+
+def _check_transfers() -> Check:
+    try:
+        settings = transfer_settings()
+    except InputError as error:
+        return Check("transfers", False, f"{error} Every load would fail: correct the variable.")
+    return Check(
+        "transfers",
+        True,
+        f"{settings.reader_count} readers, at most {format_bytes(settings.in_flight)} page-locked between files and GPUs, "
+        f"paths: {settings.paths}. `glake-infer links` measures them",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -203,7 +204,12 @@ def _load_all(
                 progress("loading", number, len(paths))
             start = time.perf_counter()
             model = runtime.load(
-                package, sharing=sharing, threads=intra_op, configure=_quieten, offload=offload
+                package,
+                sharing=sharing,
+                threads=intra_op,
+                configure=_quieten,
+                progress=progress and functools.partial(progress, f"loading {name}"),
+                offload=offload,
             )
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     if progress:

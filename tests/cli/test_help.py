@@ -11,6 +11,7 @@ COMMANDS = [
     [], ["convert"], ["run"], ["inspect"], ["export"], ["import"], ["zoo"], ["demo"], ["doctor"],
     ["store"], ["store", "ls"], ["store", "verify"], ["store", "gc"],
     ["trace"], ["trace", "replay"], ["trace", "plot"], ["bench"], ["bench", "pool"],
+    ["bench", "load"], ["bench", "resume"], ["bench", "links"], ["links"],
     ["broker"], ["top"], ["report"],
 ]  # fmt: skip
 HEAVY = [
