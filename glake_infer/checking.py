@@ -268,7 +268,7 @@ class Checking:
 
 def _look(file: File) -> Seal:
     try:
-        seal = seal_of(file.path.stat())
+        seal = seal_of(os.stat(file.path))  # noqa: PTH116  half the time of Path.stat
     except OSError as error:
         raise AlteredObjectError(file.digest, file.path, error.strerror) from error
     if seal.size != file.length:

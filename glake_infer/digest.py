@@ -45,7 +45,7 @@ def digest_of(data: Buffer) -> str:
 
 def is_digest(text: str) -> bool:
     """Whether `text` has the form of a digest; guards every path that is built from one."""
-    return len(text) == DIGEST_LENGTH and all(c in "0123456789abcdef" for c in text)
+    return len(text) == DIGEST_LENGTH and not text.strip("0123456789abcdef")
 
 
 def pieces_of(fd: int, offset: int, length: int, size: int | None = None) -> Iterator[memoryview]:

@@ -55,7 +55,6 @@ from glake_infer.store import ObjectFolder
 from glake_infer.transfers.device import (
     Bringing,
     Copied,
-    CudaTransfers,
     Device,
     Part,
     Step,
@@ -95,7 +94,7 @@ class Wanted:
     by_file: bool = False
     on_host: bool = False
 
-    @property
+    @functools.cached_property
     def file(self) -> File:
         """Its file, to be checked."""
         return File(self.folder.path(self.digest), self.digest, self.length, self.folder.store_root)
@@ -483,7 +482,7 @@ class Residency:
             size = -(-item.mapped // PAGE) * PAGE
             number, address, chunks = self._native.place_weights([(size, item.mapped, 0, False)], "file")
             self._numbers.add(number)
-            part = Part(item.folder.path(item.digest), 0, item.mapped, address)
+            part = Part(item.file.path, 0, item.mapped, address)
             region = Region(number, address, tuple(chunks), (size,), None, (address,), {chunks[0]: [part]})
             placed.append(self._enter([item], region))
 
@@ -574,7 +573,7 @@ class Residency:
         for digest, offset in planned.offsets.items():
             self._enter([by_digest[digest]], region, address + offset)
         spans = [
-            (offset, by_digest[digest].mapped, by_digest[digest].folder.path(digest))
+            (offset, by_digest[digest].mapped, by_digest[digest].file.path)
             for digest, offset in sorted(planned.offsets.items(), key=lambda each: each[1])
         ]
         region.parts = self._parts_of(region, spans)
@@ -824,7 +823,6 @@ class Residency:
         In two steps, as `_fill_in_steps`.
         """
         native, groups = self._native, list(_grouped(fills))
-        freezes = len(groups) > 1 and self._process_writes_nothing
 
         def steps() -> Iterator[Step]:
             for group in groups:
@@ -835,16 +833,7 @@ class Residency:
                 parts = [part for fill in group for part in fill.parts]
                 yield Step(parts, [copy for fill in group for copy in fill.copies], group[0].on_host)
 
-        def arrived(number: int) -> None:
-            for fill in groups[number] if freezes else ():
-                native.freeze(fill.chunk)
-
-        yield from self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding, arrived)
-
-    @property
-    def _process_writes_nothing(self) -> bool:
-        """Whether only the driver writes to this device's memory, and so may do so once more where it is read-only."""
-        return isinstance(self._device, CudaTransfers)
+        yield from self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding)
 
     def _bring_steps(
         self,
@@ -852,7 +841,6 @@ class Residency:
         steps: Callable[[], Iterable[Step]],
         total: int,
         holding: Holding,
-        arrived: Callable[[int], None] | None = None,
     ) -> Iterator[None]:
         given = holding.transfer
         stopped = given["cancelled"]
@@ -867,7 +855,6 @@ class Residency:
             options: TransferOptions = {
                 **given,
                 "cancelled": lambda: bool(stopped and stopped()) or failed(),
-                "arrived": arrived,
             }
             if started:
                 started.pop().finish(**options)

@@ -78,8 +78,6 @@ class TransferOptions(TypedDict, total=False):
     """Called in the caller's thread."""
     cancelled: Callable[[], bool] | None
     """Asked now and then; once it is true the transfer ends, with CancelledError."""
-    arrived: Callable[[int], None] | None
-    """Called with the number of a step once that, and all before, are there."""
 
 
 class Device(Protocol):
@@ -98,7 +96,7 @@ class Device(Protocol):
     def bring(self, steps: Iterable[Step], total: int, **options: Unpack[TransferOptions]) -> None:
         """Bring `total` bytes in steps; complete when this returns.
 
-        Raises OSError (with the file's name), DriverError, CancelledError, and what `steps` and `arrived` do.
+        Raises OSError (with the file's name), DriverError, CancelledError, and what `steps` does.
         """
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -117,22 +115,19 @@ def device_for(name: str) -> Device:
 
 
 class Bringing:
-    """What is on its way, step by step."""
+    """What is on its way."""
 
     def __init__(self, total: int) -> None:
         """Use `Device.start`. `total`: bytes of all steps."""
-        self.steps: list[list[_native.Transfer]] = []
+        self.transfers: list[_native.Transfer] = []
         self._total = total
 
     def finish(self, **options: Unpack[TransferOptions]) -> None:
         """Wait until all is there. As `Device.bring`."""
-        done, arrived = 0, options.get("arrived")
+        done = 0
         try:
-            for number, started in enumerate(self.steps):
-                for transfer in started:
-                    done += self._wait(transfer, done, options)
-                if arrived:
-                    arrived(number)
+            for transfer in self.transfers:
+                done += self._wait(transfer, done, options)
         except BaseException:  # Ctrl-C too
             self.stop()
             raise
@@ -141,10 +136,9 @@ class Bringing:
 
     def stop(self) -> None:
         """Stop it. Nothing is queued any more when this returns."""
-        every = [transfer for started in self.steps for transfer in started]
-        for transfer in every:
+        for transfer in self.transfers:
             transfer.cancel()
-        for transfer in every:
+        for transfer in self.transfers:
             _wait_for(transfer)
 
     def _wait(self, transfer: _native.Transfer, before: int, options: TransferOptions) -> int:
@@ -189,11 +183,9 @@ class EngineTransfers:
         made = Bringing(total)
         try:
             for step in steps:
-                started: list[_native.Transfer] = []
-                made.steps.append(started)
                 if step.copies:
                     spans = [(copy, address, size) for address, copy, size in step.copies]
-                    started.append(self._engine.copy(self._target, True, spans, priority, paths))
+                    made.transfers.append(self._engine.copy(self._target, True, spans, priority, paths))
                 if step.parts:
                     files: dict[Path, int] = {}
                     parts = [
@@ -202,7 +194,7 @@ class EngineTransfers:
                     ]
                     names = [os.fspath(path) for path in files]
                     in_place = self._in_place or step.in_place
-                    started.append(
+                    made.transfers.append(
                         self._engine.load(self._target, names, parts, priority, paths, around_cache, in_place)
                     )
         except BaseException:
@@ -219,7 +211,7 @@ class EngineTransfers:
             todo = [(copy, address, size) for copy, (address, size) in zip(made, spans, strict=True)]
             size = sum(size for _, size in spans)
             bringing = Bringing(size)
-            bringing.steps.append([self._engine.copy(self._target, False, todo, 0, self._paths(size))])
+            bringing.transfers.append(self._engine.copy(self._target, False, todo, 0, self._paths(size)))
             bringing.finish()
         except BaseException:
             for copy in made:

@@ -13,12 +13,12 @@ from glake_infer.allocators.sizes import parse_bytes
 Paths = Literal["auto", "own", "all"]
 Sometimes = Literal["auto", "never", "always"]
 
-SLOT = 2 << 20
+SLOT = 4 << 20
 """Bytes of one read and one copy: larger ones leave the caches of the processor, smaller ones leave gaps on the link (of
-1, 2, 4 and 8 MiB this was the fastest with 12 threads and more: 47.7 GB/s of 55.3, H200, 32 cores)."""
+1, 2, 4 and 8 MiB this was the fastest with 8 to 16 threads: 51.5 GB/s of 55.3 from the page cache, H200, 32 cores)."""
 
-READERS = 16
-"""Threads that read, on a machine with as many cores (12 nearly fill a PCIe 5 link)."""
+READERS = 12
+"""Threads that read, on a machine with as many cores: they nearly fill a PCIe 5 link, and more of them are slower."""
 
 
 @dataclass(frozen=True)
