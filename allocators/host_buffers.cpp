@@ -48,8 +48,12 @@ HostBuffer HostBuffers::take(std::size_t bytes) {
   HostBuffer made;
   made.bytes = bytes;
   const bool large = bytes >= huge_page;
-  made.reserved = large ? up(bytes, huge_page) + huge_page : up(bytes, page);
-  void* place = mmap(nullptr, made.reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  made.reserved = large ? up(bytes, huge_page) + huge_page : up(std::max<std::size_t>(1, bytes), page);
+  errno = ENOMEM;
+  void* place = MAP_FAILED;
+  if (made.reserved >= bytes) {
+    place = mmap(nullptr, made.reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
   if (place == MAP_FAILED) {
     throw DriverError("taking " + std::to_string(bytes) +
                       " bytes of host memory for transfers failed (mmap): " + std::strerror(errno) +

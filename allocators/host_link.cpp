@@ -7,6 +7,10 @@
 namespace glake {
 
 void HostLink::start(Direction direction, unsigned slot, std::byte* host, Address device, std::size_t bytes) {
+  if (bytes > options_.most) {
+    throw DriverError("copying " + std::to_string(bytes) + " bytes over the link " + name_ + " failed: it copies " +
+                      std::to_string(options_.most) + " at most.");
+  }
   Way& way = ways_[static_cast<std::size_t>(direction)];
   Copy& copy = way.copies[slot];
   auto* memory = reinterpret_cast<std::byte*>(device);

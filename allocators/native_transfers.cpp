@@ -45,21 +45,28 @@ std::shared_ptr<const glake::CudaContext> context_of(int index) {
 // The engine, and the host memory that was taken from it.
 class Engine {
  public:
-  Engine(std::unique_ptr<glake::HostBuffers> buffers, TransferEngine::Options options)
-      : engine(std::move(buffers), options) {}
+  Engine(std::shared_ptr<glake::HostBuffers> buffers, TransferEngine::Options options)
+      : made_(std::make_unique<TransferEngine>(buffers, options)), buffers_(std::move(buffers)), engine(*made_) {}
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
   ~Engine() {
-    for (const auto& [address, buffer] : taken_) engine.buffers().give(buffer);
+    if (engine.is_child()) {  // the threads are the parent's, and so is the memory
+      (void)made_.release();
+      return;
+    }
+    made_.reset();  // nothing uses the memory any more
+    for (const auto& [address, buffer] : taken_) buffers_->give(buffer);
   }
 
   std::pair<Address, bool> take(std::size_t bytes) {
-    const glake::HostBuffer made = engine.buffers().take(bytes);
+    if (engine.is_child()) throw glake::ForkedProcess();
+    const glake::HostBuffer made = buffers_->take(bytes);
     const std::lock_guard lock(mutex_);
     taken_.emplace(reinterpret_cast<Address>(made.data), made);
     return {reinterpret_cast<Address>(made.data), made.locked};
   }
   void give(Address address) {
+    if (engine.is_child()) throw glake::ForkedProcess();
     glake::HostBuffer buffer;
     {
       const std::lock_guard lock(mutex_);
@@ -68,14 +75,17 @@ class Engine {
       buffer = found->second;
       taken_.erase(found);
     }
-    engine.buffers().give(buffer);
+    buffers_->give(buffer);
   }
 
-  TransferEngine engine;
-
  private:
+  std::unique_ptr<TransferEngine> made_;
+  std::shared_ptr<glake::HostBuffers> buffers_;
   std::mutex mutex_;
   std::unordered_map<Address, glake::HostBuffer> taken_;
+
+ public:
+  TransferEngine& engine;
 };
 
 // A transfer keeps its engine.
@@ -193,14 +203,14 @@ void bind_transfers(nb::module_& module) {
       .def_static(
           "on_host",
           [](unsigned readers, std::size_t slot, std::size_t in_flight, std::size_t gap) {
-            return std::make_shared<Engine>(std::make_unique<glake::HostBuffers>(),
+            return std::make_shared<Engine>(std::make_shared<glake::HostBuffers>(),
                                             options(readers, slot, in_flight, gap));
           },
           "readers"_a, "slot"_a, "in_flight"_a, "gap"_a)
       .def_static(
           "on_cuda",
           [](int index, unsigned readers, std::size_t slot, std::size_t in_flight, std::size_t gap) {
-            return std::make_shared<Engine>(std::make_unique<glake::CudaHostBuffers>(context_of(index)),
+            return std::make_shared<Engine>(std::make_shared<glake::CudaHostBuffers>(context_of(index)),
                                             options(readers, slot, in_flight, gap));
           },
           "index"_a, "readers"_a, "slot"_a, "in_flight"_a, "gap"_a, Unlocked(), "For all GPUs; opens one of them.")

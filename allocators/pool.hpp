@@ -175,12 +175,6 @@ class LimitTooLow : public std::runtime_error {
   std::size_t active;
 };
 
-// The pool belongs to the parent of this process.
-class ForkedProcess : public std::runtime_error {
- public:
-  ForkedProcess() : std::runtime_error("the pool belongs to the parent process") {}
-};
-
 // A picture of the address space.
 struct RangeView {
   Address address = 0;

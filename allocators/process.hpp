@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 namespace glake {
 
@@ -20,6 +21,12 @@ class ProcessMark {
   // How many forks lie between the first process and this one.
   [[nodiscard]] static std::uint64_t current() noexcept;
   std::uint64_t generation_;
+};
+
+// The pool, or whatever it is, belongs to the parent of this process.
+class ForkedProcess : public std::runtime_error {
+ public:
+  ForkedProcess() : std::runtime_error("the pool belongs to the parent process") {}
 };
 
 }  // namespace glake

@@ -7,7 +7,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
+#include <system_error>
 #include <utility>
 
 #ifndef CLOSE_RANGE_UNSHARE
@@ -27,10 +29,11 @@ constexpr std::size_t pieces_per_path = 8;   // so that the end of a transfer is
 constexpr std::chrono::microseconds look_again{200};
 constexpr std::chrono::microseconds spins{60};  // what it takes to wake a thread up in a virtual machine
 constexpr unsigned most_spinning = 2;           // readers; the others sleep, and are as many as are not needed
-constexpr int pauses = 16;          // between two yields: who has the mutex may be waiting for this very processor
-constexpr int tries = 400;          // of the mutex
-constexpr double known_for = 1e-3;  // seconds that a rate which is known stands for
-constexpr double fading = 0.85;     // weight of what was copied before in the rate of a lane
+constexpr int pauses = 16;            // between two yields: who has the mutex may be waiting for this very processor
+constexpr int tries = 400;            // of the mutex
+constexpr double known_for = 1e-3;    // seconds that a rate which is known stands for
+constexpr double fading = 0.85;       // weight of what was copied before in the rate of a lane
+constexpr double longest_wait = 1e6;  // seconds, so that their sum with the time of day is a time
 constexpr std::size_t most_events = std::size_t{1} << 20;
 
 std::int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
@@ -58,6 +61,12 @@ void own_files() noexcept {
 #ifdef SYS_close_range
   (void)syscall(SYS_close_range, 3U, ~0U, CLOSE_RANGE_UNSHARE);
 #endif
+}
+
+DriverError no_threads() {
+  return DriverError(
+      "starting a thread for transfers failed: the system has no more (pthread_create). See `ulimit -u`, and what the "
+      "container may have.");
 }
 
 }  // namespace
@@ -89,19 +98,10 @@ class TransferEngine::Transfer {
   [[nodiscard]] bool to_read() const { return of_files && !stopping && next < pieces.size(); }
 };
 
-TransferEngine::TransferEngine(std::unique_ptr<HostBuffers> buffers, Options options)
+TransferEngine::TransferEngine(std::shared_ptr<HostBuffers> buffers, Options options)
     : buffers_(std::move(buffers)), options_(options) {}
 
 TransferEngine::~TransferEngine() {
-  if (process_.is_child()) {  // its threads are not here: nothing to join, and their lock may be taken
-    for (std::thread& reader : readers_) reader.detach();
-    for (const auto& path : paths_) {
-      for (Lane& lane : path->lanes) {
-        if (lane.thread.joinable()) lane.thread.detach();
-      }
-    }
-    return;
-  }
   {
     Lock lock = locked();
     for (const Handle& transfer : std::vector<Handle>(active_)) {
@@ -123,9 +123,7 @@ TransferEngine::~TransferEngine() {
 }
 
 void TransferEngine::refuse_child() const {
-  if (process_.is_child()) {
-    throw std::logic_error("transfers do not work in a child of fork(): their threads are the parent's");
-  }
+  if (process_.is_child()) throw ForkedProcess();
 }
 
 std::vector<TransferEngine::Path*> TransferEngine::paths_of(Target target) const {
@@ -147,9 +145,10 @@ void TransferEngine::add_path(Target target, std::unique_ptr<CopyLink> link, std
   for (std::size_t i = 0; i < direction_count; ++i) {
     path->lanes[i].path = path.get();
     path->lanes[i].direction = static_cast<Direction>(i);
-    path->lanes[i].rate = rate[i];
-    path->lanes[i].recent_bytes = rate[i] * known_for;
-    path->lanes[i].recent_seconds = rate[i] > 0 ? known_for : 0;
+    const double known = std::isfinite(rate[i]) ? std::max(0.0, rate[i]) : 0;
+    path->lanes[i].rate = known;
+    path->lanes[i].recent_bytes = known * known_for;
+    path->lanes[i].recent_seconds = known > 0 ? known_for : 0;
   }
   paths_.push_back(std::move(path));
 }
@@ -160,8 +159,14 @@ void TransferEngine::remove_further_paths(Target target) {
   {
     Lock lock = locked();
     for (Path* path : paths_of(target)) path->leaving = path->rank > 0;
+    for (const Handle& transfer : std::vector<Handle>(active_)) {  // those whose first link has failed
+      if (transfer->target != target || transfer->settings.in_place || can_copy(*transfer)) continue;
+      transfer->link_error =
+          "the path of device " + std::to_string(target) + " failed, and the others were taken away.";
+      stop(*transfer);
+    }
     wake_lanes();
-    const auto is_leaving = [](const auto& path) { return path->leaving; };
+    const auto is_leaving = [&](const auto& path) { return path->target == target && path->leaving; };
     to_waiters_.wait(lock, [&] {
       return std::all_of(paths_.begin(), paths_.end(), [&](const auto& path) {
         return !is_leaving(path) || (path->lanes[0].flying == 0 && path->lanes[1].flying == 0);
@@ -180,6 +185,7 @@ void TransferEngine::remove_further_paths(Target target) {
 }
 
 std::vector<TransferEngine::PathView> TransferEngine::paths(Target target) const {
+  refuse_child();
   const Lock lock = locked();
   std::vector<PathView> views;
   for (const Path* path : paths_of(target)) {
@@ -201,6 +207,7 @@ void TransferEngine::set_options(Options options) {
   const Lock lock = locked();
   options.slot = options_.slot;  // there are such slots
   options_ = options;
+  to_readers_.notify_all();
 }
 
 // Transfers.
@@ -210,6 +217,13 @@ TransferEngine::Handle TransferEngine::load(Target target, std::vector<std::stri
   refuse_child();
   std::stable_sort(parts.begin(), parts.end(),
                    [](const FilePart& a, const FilePart& b) { return a.address < b.address; });
+  Options options;
+  std::size_t slot = 0;
+  {
+    const Lock lock = locked();
+    options = options_;
+    slot = std::min(options.slot, most_of(target, settings));
+  }
   auto made = std::make_shared<Transfer>();
   made->target = target;
   made->settings = settings;
@@ -220,15 +234,15 @@ TransferEngine::Handle TransferEngine::load(Target target, std::vector<std::stri
   for (const FilePart& part : parts) total += part.bytes;
   // Enough pieces for all readers, and then some.
   const std::size_t share =
-      total / (std::size_t{options_.readers} * pieces_per_reader) / PieceReader::block * PieceReader::block;
-  const std::size_t most = std::clamp(share, std::min(options_.slot, MiB / 4), options_.slot);
+      total / (std::size_t{options.readers} * pieces_per_reader) / PieceReader::block * PieceReader::block;
+  const std::size_t most = std::clamp(share, std::min(slot, MiB / 4), slot);
   for (const FilePart& whole : parts) {
     if (whole.file >= made->files.size()) throw std::invalid_argument("a part of a file that is not named");
     for (std::size_t begin = 0; begin < whole.bytes;) {
       Piece* last = made->pieces.empty() ? nullptr : &made->pieces.back();
       const Address address = whole.address + begin;
       const Address end = last != nullptr ? last->address + last->bytes : 0;
-      const bool near = last != nullptr && address >= end && address - end <= (settings.in_place ? 0 : options_.gap);
+      const bool near = last != nullptr && address >= end && address - end <= (settings.in_place ? 0 : options.gap);
       std::size_t bytes = std::min(most, whole.bytes - begin);
       if (!near || address + bytes - last->address > most) {
         made->pieces.push_back({address, 0, nullptr, made->parts.size(), 0, nullptr});
@@ -260,9 +274,7 @@ TransferEngine::Handle TransferEngine::copy(Target target, Direction direction, 
   }
   {
     const Lock lock = locked();
-    for (const Path* path : paths_of(target)) {
-      if (path->rank < settings.paths) most = std::min(most, path->link->most());
-    }
+    most = std::min(most, most_of(target, settings));
   }
   for (const Span& span : spans) {
     for (std::size_t begin = 0; begin < span.bytes; begin += most) {
@@ -274,8 +286,20 @@ TransferEngine::Handle TransferEngine::copy(Target target, Direction direction, 
   return made;
 }
 
+std::size_t TransferEngine::most_of(Target target, const Settings& settings) const {
+  std::size_t most = SIZE_MAX;
+  for (const Path* path : paths_of(target)) {
+    if (path->rank < settings.paths && !settings.in_place) most = std::min(most, path->link->most());
+  }
+  return std::max<std::size_t>(1, most);
+}
+
 void TransferEngine::begin(const Handle& transfer) {
-  if (transfer->of_files && !transfer->settings.in_place) make_slots(transfer->pieces.size());
+  std::unique_lock<std::mutex> one(making_, std::defer_lock);
+  if (transfer->of_files && !transfer->settings.in_place) {
+    one.lock();  // until the transfer is known: trim() must not take its slots before
+    make_slots(transfer->pieces.size());
+  }
   const Lock lock = locked();
   Transfer& made = *transfer;
   made.number = ++last_;
@@ -286,40 +310,66 @@ void TransferEngine::begin(const Handle& transfer) {
     return;
   }
   if (!made.settings.in_place) {
+    if (made.settings.paths == 0) throw std::invalid_argument("a transfer takes one path at least");
     if (paths.empty()) throw std::invalid_argument("there is no path to device " + std::to_string(made.target));
-    revive(made.target);
-    for (Path* path : paths) {
-      Lane& lane = path->lanes[static_cast<std::size_t>(made.direction)];
-      if (path->rank < made.settings.paths && !lane.thread.joinable()) {
-        lane.thread = std::thread([this, &lane] { run_lane(lane); });
-      }
-    }
+    start_lanes(made);
+    revive(made);
   }
-  if (made.of_files) {
-    const std::size_t wanted = std::min<std::size_t>(std::max(1U, options_.readers), made.pieces.size());
-    while (readers_.size() < wanted) {
-      const std::size_t number = readers_.size();
-      readers_.emplace_back([this, number] { read_pieces(number); });
-    }
-  }
+  if (made.of_files) start_readers(made.pieces.size());
   const auto after = [&](const Handle& other) { return other->settings.priority < made.settings.priority; };
   active_.insert(std::find_if(active_.begin(), active_.end(), after), transfer);
   to_readers_.notify_all();
   wake_lanes();
 }
 
-// Links that failed are tried again once their device has no transfers.
-void TransferEngine::revive(Target target) {
-  if (std::any_of(active_.begin(), active_.end(), [&](const Handle& each) { return each->target == target; })) return;
-  for (Path* path : paths_of(target)) {
-    for (Lane& lane : path->lanes) lane.failed = false;
+// Where the system has no more threads, with those that are there.
+void TransferEngine::start_lanes(const Transfer& made) {
+  bool any = false;
+  for (Path* path : paths_of(made.target)) {
+    Lane& lane = path->lanes[static_cast<std::size_t>(made.direction)];
+    if (path->rank >= made.settings.paths) continue;
+    try {
+      if (!lane.thread.joinable()) lane.thread = std::thread([this, &lane] { run_lane(lane); });
+      any = true;
+    } catch (const std::system_error&) {
+      continue;
+    }
+  }
+  if (!any) throw no_threads();
+}
+
+void TransferEngine::start_readers(std::size_t pieces) {
+  const std::size_t wanted = std::min<std::size_t>(std::max(1U, options_.readers), pieces);
+  while (readers_.size() < wanted) {
+    const std::size_t number = readers_.size();
+    try {
+      readers_.emplace_back([this, number] { read_pieces(number); });
+    } catch (const std::system_error&) {
+      if (readers_.empty()) throw no_threads();
+      return;
+    }
+  }
+}
+
+// Links that failed are tried again once their device has no transfers, and where a new one has no other link.
+void TransferEngine::revive(const Transfer& made) {
+  const bool alone =
+      std::none_of(active_.begin(), active_.end(), [&](const Handle& each) { return each->target == made.target; });
+  if (!alone && can_copy(made)) return;
+  for (Path* path : paths_of(made.target)) {
+    if (alone) {
+      for (Lane& lane : path->lanes) lane.failed = false;
+    } else if (path->rank < made.settings.paths) {
+      path->lanes[static_cast<std::size_t>(made.direction)].failed = false;
+    }
   }
 }
 
 bool TransferEngine::wait(const Handle& transfer, double seconds) {
   refuse_child();
+  const std::chrono::duration<double> most(seconds > 0 ? std::min(seconds, longest_wait) : 0.0);
   Lock lock = locked();
-  return to_waiters_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return transfer->ended; });
+  return to_waiters_.wait_for(lock, most, [&] { return transfer->ended; });
 }
 
 void TransferEngine::cancel(const Handle& transfer) {
@@ -331,6 +381,7 @@ void TransferEngine::cancel(const Handle& transfer) {
 }
 
 TransferEngine::View TransferEngine::view(const Handle& transfer) const {
+  refuse_child();
   const Lock lock = locked();
   View view;
   view.bytes = transfer->bytes;
@@ -400,17 +451,20 @@ std::size_t TransferEngine::most_slots() const {
   return std::max<std::size_t>(1, std::min(wanted, options_.in_flight / options_.slot));
 }
 
-// On the caller's thread: the readers have no files open, and so not the driver's.
+// On the caller's thread: the readers have no files open, and so not the driver's. With making_ locked.
 void TransferEngine::make_slots(std::size_t pieces) {
-  const Lock one(making_);
   std::size_t missing = 0;
+  std::size_t room = 0;
+  std::vector<HostBuffer> spare;  // of a time when there could be more
   {
     const Lock lock = locked();
+    if (slots_ > most_slots()) spare = take_slabs();
     const std::size_t wanted = std::min(most_slots(), pieces);
     missing = wanted > slots_ ? wanted - slots_ : 0;
+    room = options_.slot + PieceReader::slack;
   }
+  for (const HostBuffer& slab : spare) buffers_->give(slab);
   if (missing == 0) return;
-  const std::size_t room = options_.slot + PieceReader::slack;
   HostBuffer slab;
   try {
     slab = buffers_->take(missing * room);
@@ -432,6 +486,7 @@ void TransferEngine::give(std::byte* slot) {
 }
 
 TransferEngine::Memory TransferEngine::memory() const {
+  refuse_child();
   const Lock lock = locked();
   const bool locked = std::all_of(slabs_.begin(), slabs_.end(), [](const HostBuffer& slab) { return slab.locked; });
   return {slots_ * options_.slot, slots_in_use() * options_.slot, peak_ * options_.slot, locked};
@@ -443,12 +498,18 @@ void TransferEngine::trim() {
   std::vector<HostBuffer> slabs;
   {
     const Lock lock = locked();
-    if (slots_in_use() != 0) return;
-    slabs.swap(slabs_);
-    free_.clear();
-    slots_ = 0;
+    slabs = take_slabs();
   }
   for (const HostBuffer& slab : slabs) buffers_->give(slab);
+}
+
+// All of them, where no transfer needs any.
+std::vector<HostBuffer> TransferEngine::take_slabs() {
+  const auto needs = [](const Handle& each) { return each->of_files && !each->settings.in_place; };
+  if (slots_in_use() != 0 || std::any_of(active_.begin(), active_.end(), needs)) return {};
+  free_.clear();
+  slots_ = 0;
+  return std::exchange(slabs_, {});
 }
 
 // Readers.
@@ -477,11 +538,11 @@ void TransferEngine::read_pieces(std::size_t number) {
     }
     std::byte* slot = nullptr;
     if (!transfer->settings.in_place) {
-      if (free_.empty()) {
+      if (!has_slot()) {
         bool found = false;
         if (spinning_ < most_spinning) {
           ++spinning_;
-          found = spin(lock, [&] { return !free_.empty() || ending_; });
+          found = spin(lock, [&] { return has_slot() || ending_; });
           --spinning_;
         }
         if (!found) to_readers_.wait(lock);
@@ -535,10 +596,15 @@ void TransferEngine::read_pieces(std::size_t number) {
 
 // Lanes.
 
+// A path may be added while transfers go on: it works from the next one on, that starts its thread.
+bool TransferEngine::is_usable(const Lane& lane) {
+  return !lane.failed && !lane.path->leaving && lane.thread.joinable();
+}
+
 bool TransferEngine::can_copy(const Transfer& transfer) const {
   return std::any_of(paths_.begin(), paths_.end(), [&](const auto& path) {
     const Lane& lane = path->lanes[static_cast<std::size_t>(transfer.direction)];
-    return path->target == transfer.target && path->rank < transfer.settings.paths && !lane.failed && !path->leaving;
+    return path->target == transfer.target && path->rank < transfer.settings.paths && is_usable(lane);
   });
 }
 
@@ -547,16 +613,24 @@ bool TransferEngine::worth_it(const Lane& lane, const Transfer& transfer, std::s
   double others = 0;
   double flying = 0;
   double fastest = 0;
+  bool known = lane.rate > 0;
+  bool alone = true;
+  bool first = true;
   for (const auto& path : paths_) {
     const Lane& other = path->lanes[static_cast<std::size_t>(lane.direction)];
     if (&other == &lane || path->target != transfer.target || path->rank >= transfer.settings.paths) continue;
-    if (other.failed || path->leaving) continue;
-    if (other.rate <= 0) return true;  // nothing is known yet
+    if (!is_usable(other)) continue;
+    known = known && other.rate > 0;
+    alone = false;
+    first = first && path->rank > lane.path->rank;
     others += other.rate;
     flying += static_cast<double>(other.flying);
     fastest = std::max(fastest, other.rate);
   }
-  if (others <= 0 || lane.rate <= 0 || lane.rate >= fastest) return true;
+  if (alone) return true;
+  // As long as little is known, one piece is tried, and not the last.
+  if (!known) return first || (lane.flying == 0 && transfer.left > bytes);
+  if (lane.rate >= fastest) return true;
   const double mine = static_cast<double>(lane.flying + bytes) / lane.rate;
   return mine <= (static_cast<double>(transfer.left) + flying) / others;
 }
@@ -620,7 +694,8 @@ void TransferEngine::run_lane(Lane& lane) {
       }
       if (flying.empty()) {
         if (ending_ || lane.path->leaving) return;
-        if (!left && may_get_more(lane) && spin(lock, [&] { return has_next(lane) || ending_; })) continue;
+        if (!left && may_get_more(lane) && spin(lock, [&] { return has_next(lane) || ending_ || lane.path->leaving; }))
+          continue;
         lane.sleeping = true;
         if (left) {  // the others' rates may change: look again
           lane.wake.wait_for(lock, look_again);
@@ -719,14 +794,17 @@ void TransferEngine::lose(Lane& lane, std::deque<Flying>& flying, const std::str
     }
   }
   wake_lanes();
+  if (lane.path->leaving) to_waiters_.notify_all();
 }
 
 void TransferEngine::record(bool on) {
+  refuse_child();
   const Lock lock = locked();
   recording_ = on;
 }
 
 std::vector<TransferEngine::Event> TransferEngine::take_events() {
+  refuse_child();
   const Lock lock = locked();
   return std::exchange(events_, {});
 }

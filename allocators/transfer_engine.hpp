@@ -18,7 +18,7 @@
 // When a transfer has ended, well or not, nothing of it is queued anywhere: its memory may be taken back.
 //
 // Thread-safe. Threads are started by the first transfers and sleep between them. In a child of fork() everything
-// throws std::logic_error: the threads are the parent's.
+// throws ForkedProcess: the threads are the parent's; and it is not destroyed there, as its locks may be taken.
 #pragma once
 
 #include <array>
@@ -101,7 +101,7 @@ class TransferEngine {
   class Transfer;
   using Handle = std::shared_ptr<Transfer>;
 
-  TransferEngine(std::unique_ptr<HostBuffers> buffers, Options options);
+  TransferEngine(std::shared_ptr<HostBuffers> buffers, Options options);
   TransferEngine(const TransferEngine&) = delete;
   TransferEngine& operator=(const TransferEngine&) = delete;
   // Cancels what goes on, and waits for it.
@@ -129,7 +129,7 @@ class TransferEngine {
   [[nodiscard]] Memory memory() const;
   // Gives slots back, if none is in use.
   void trim();
-  [[nodiscard]] HostBuffers& buffers() noexcept { return *buffers_; }
+  [[nodiscard]] bool is_child() const noexcept { return process_.is_child(); }
 
   void record(bool on);
   [[nodiscard]] std::vector<Event> take_events();
@@ -181,21 +181,29 @@ class TransferEngine {
   [[nodiscard]] Lock locked() const;
   static void relock(Lock& lock);
   void refuse_child() const;
+  // The most bytes of a piece that all links of a transfer can do.
+  [[nodiscard]] std::size_t most_of(Target target, const Settings& settings) const;
   void begin(const Handle& transfer);
+  void start_lanes(const Transfer& made);
+  void start_readers(std::size_t pieces);
   void read_pieces(std::size_t number);
   void run_lane(Lane& lane);
   [[nodiscard]] Handle to_read();
   void make_slots(std::size_t pieces);
+  [[nodiscard]] std::vector<HostBuffer> take_slabs();
   void give(std::byte* slot);
   // Waits a moment for a slot, or for something to copy, without sleeping; false if there was none.
   template <class Found>
   [[nodiscard]] bool spin(Lock& lock, const Found& found);
   [[nodiscard]] std::size_t most_slots() const;
   [[nodiscard]] std::size_t slots_in_use() const { return slots_ - free_.size(); }
+  // There may be more of them than there should be now.
+  [[nodiscard]] bool has_slot() const { return !free_.empty() && slots_in_use() < most_slots(); }
   [[nodiscard]] bool has_next(const Lane& lane) const;
   // What the lane is to copy next. `left`: whether there is something that it leaves to others.
   [[nodiscard]] std::optional<Flying> next(const Lane& lane, bool& left);
   [[nodiscard]] bool worth_it(const Lane& lane, const Transfer& transfer, std::size_t bytes) const;
+  [[nodiscard]] static bool is_usable(const Lane& lane);
   [[nodiscard]] bool can_copy(const Transfer& transfer) const;
   // Whether something that goes on may come to have pieces for the lane.
   [[nodiscard]] bool may_get_more(const Lane& lane) const;
@@ -204,10 +212,10 @@ class TransferEngine {
   void lose(Lane& lane, std::deque<Flying>& flying, const std::string& what);
   void stop(Transfer& transfer);
   void end_if_done(Transfer& transfer);
-  void revive(Target target);
+  void revive(const Transfer& made);
   [[nodiscard]] std::vector<Path*> paths_of(Target target) const;
 
-  std::unique_ptr<HostBuffers> buffers_;
+  std::shared_ptr<HostBuffers> buffers_;
   ProcessMark process_;
   mutable std::mutex mutex_;
   std::condition_variable to_readers_;
