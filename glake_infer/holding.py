@@ -141,17 +141,21 @@ class Holding:
         errors: list[BaseException] = []
         filling = table._fill_in_steps(self, chunks, later=True)
 
+        claim, done = threading.Lock(), threading.Event()
+
         def bring() -> None:
+            if not claim.acquire(blocking=False):  # another thread does it
+                return
             try:
                 table._loaded(self, chunks, filling)
             except BaseException as error:
                 errors.append(error)
+            finally:
+                done.set()
 
-        bringing = threading.Thread(target=bring, name="glake-infer weights", daemon=True)
         if chunks:
             try:
                 next(filling)
-                bringing.start()
             except BaseException as error:
                 filling.close()
                 with contextlib.suppress(OutOfMemoryError):
@@ -162,14 +166,19 @@ class Holding:
         failure: BaseException | None = None
         try:
             try:
+                if chunks:
+                    with contextlib.suppress(RuntimeError):  # the system has no more threads: it is done below
+                        threading.Thread(target=bring, name="glake-infer weights", daemon=True).start()
                 yield
             except BaseException as error:
                 failure = error
                 self._cancelled.set()
             try:
-                _join(bringing)
-            except KeyboardInterrupt as error:
-                failure = failure or error
+                if chunks:
+                    bring()
+                    _wait(done, self._cancelled)
+            except BaseException as error:  # Ctrl-C: before what the block raised
+                failure = error
             self._cancelled.clear()
             if errors:
                 try:
@@ -252,13 +261,17 @@ class Holding:
             self._table._give_back_closed(wait=wait)
 
 
-def _join(thread: threading.Thread) -> None:
-    """Wait for a thread that ends soon. Ctrl-C is for after that."""
+def _wait(done: threading.Event, cancelled: threading.Event) -> None:
+    """Until it is done; Ctrl-C ends it soon, and is raised after that.
+
+    Not by joining a thread: one whose join() was interrupted counts as ended (Python 3.11).
+    """
     interrupted: BaseException | None = None
-    while thread.is_alive():
+    while not done.is_set():
         try:
-            thread.join()
-        except KeyboardInterrupt as error:
+            done.wait()
+        except BaseException as error:  # whatever handlers of signals raise
             interrupted = error
+            cancelled.set()
     if interrupted:
         raise interrupted

@@ -21,6 +21,8 @@ READ_WHEN_RUN = {
     "Reshape", "RotaryEmbedding", "SimplifiedLayerNormalization", "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization", "Slice", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
+DOMAINS = {"", "ai.onnx", "com.microsoft"}
+"""Whose operators those are; a function of a model's own may have any name."""
 IN_NHWC = {"Conv", "ConvTranspose"}
 """Operators whose kernels repack with the provider option `prefer_nhwc`."""
 
@@ -33,7 +35,7 @@ def weights_may_come_later(graph: bytes, providers: list[Any]) -> bool:
     nhwc = any(str(each.get("prefer_nhwc", "0")).lower() not in ("0", "false") for each in options)
     allowed = READ_WHEN_RUN - IN_NHWC if nhwc else READ_WHEN_RUN
     return all(
-        node.op_type in allowed
+        node.op_type in allowed and node.domain in DOMAINS
         for scope in scopes(model.graph)
         for node in scope.node
         if not weights.isdisjoint(node.input)

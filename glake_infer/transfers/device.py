@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypedDict, Unpack
 from glake_infer.allocators.errors import DriverError
 from glake_infer.process_memory import available_memory
 from glake_infer.transfers import timeline
+from glake_infer.transfers.ending import end_transfers
 from glake_infer.transfers.relays import Relays
 from glake_infer.transfers.settings import SLOT, TransferSettings, transfer_settings
 
@@ -136,10 +137,7 @@ class Bringing:
 
     def stop(self) -> None:
         """Stop it. Nothing is queued any more when this returns."""
-        for transfer in self.transfers:
-            transfer.cancel()
-        for transfer in self.transfers:
-            _wait_for(transfer)
+        end_transfers(self.transfers)
 
     def _wait(self, transfer: _native.Transfer, before: int, options: TransferOptions) -> int:
         """Wait for one transfer; returns its bytes. `before`: those of others that are there."""
@@ -238,17 +236,6 @@ class EngineTransfers:
         return settings
 
 
-def _wait_for(transfer: _native.Transfer) -> None:
-    """Until it has ended, whatever comes."""
-    while True:
-        try:
-            while not transfer.wait(1):
-                pass
-            return
-        except KeyboardInterrupt:
-            continue
-
-
 def _around_cache(settings: TransferSettings, size: int) -> bool:
     """Whether a load of so many bytes would only push itself out of the page cache."""
     if settings.direct_io == "auto":
@@ -322,12 +309,14 @@ class CudaTransfers(EngineTransfers):
         from glake_infer.allocators import _native
 
         with cls._making:
+            settings = transfer_settings()
             if cls._shared is None:
-                settings = transfer_settings()
                 cls._shared = _native.TransferEngine.on_cuda(
                     index, settings.reader_count, SLOT, settings.in_flight, GAP
                 )
                 record_engine(cls._shared)
+            elif index not in cls._made:  # the others may not have transferred anything with these yet
+                cls._shared.set_options(settings.reader_count, SLOT, settings.in_flight, GAP)
             if index not in cls._made:
                 cls._made[index] = cls(cls._shared, index)
             return cls._made[index]

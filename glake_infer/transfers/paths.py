@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from glake_infer import cuda
 from glake_infer.allocators.errors import DriverError
+from glake_infer.transfers.ending import end_transfers
 from glake_infer.transfers.settings import SLOT
 
 if TYPE_CHECKING:
@@ -86,9 +88,9 @@ def figures(index: int, peer: int, staging: int, size: int) -> PathFigures:
     kept = _read()
     with contextlib.suppress(KeyError, TypeError, ValueError):
         found = kept[key]
-        return PathFigures(
-            *((float(a), float(b)) for a, b in (found[n] for n in ("own", "by_peer", "together")))
-        )
+        rates = [(float(a), float(b)) for a, b in (found[n] for n in ("own", "by_peer", "together"))]
+        if all(0 < rate < math.inf for pair in rates for rate in pair):
+            return PathFigures(*rates)
     own = measure(index, [None], 0, SHORT)
     relay = measure(index, [(peer, staging, size)], 0, SHORT)
     both = measure(index, [None, (peer, staging, size)], 0, SHORT)
@@ -122,8 +124,12 @@ def measure(
             for _ in range(2 + repeats):
                 start = time.perf_counter()
                 transfer = engine.copy(index, down, [(host, device, size)], 0, len(links))
-                while not transfer.wait(1):
-                    pass
+                try:
+                    while not transfer.wait(1):
+                        pass
+                except BaseException:  # Ctrl-C
+                    end_transfers([transfer])
+                    raise
                 best = max(best, size / (time.perf_counter() - start))
                 view = transfer.view()
                 if view["link_error"] or view["lost_links"]:
@@ -225,7 +231,12 @@ def _write(key: str, value: dict[str, Any]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-            json.dump({**_read(), key: value}, file, indent=1)
-        os.replace(file.name, target)  # noqa: PTH105
+            try:
+                json.dump({**_read(), key: value}, file, indent=1)
+                file.flush()
+                os.replace(file.name, target)  # noqa: PTH105
+            except BaseException:
+                os.unlink(file.name)  # noqa: PTH108
+                raise
     except OSError:
         pass

@@ -55,7 +55,7 @@ _VARIABLES = {
     "direct_io": "GLAKE_DIRECT_IO",
     "direct_storage": "GLAKE_DIRECT_STORAGE",
 }
-_lock = threading.Lock()
+_lock = threading.RLock()
 _settings: TransferSettings | None = None
 
 
@@ -77,11 +77,9 @@ def configure_transfers(**changes: int | str | None) -> TransferSettings:
     as "256MiB". Raises InputError, with nothing changed.
     """
     global _settings
-    before = transfer_settings()
-    made = _changed(before, changes, {})
     with _lock:
-        _settings = made
-    return made
+        _settings = _changed(transfer_settings(), changes, {})
+        return _settings
 
 
 def _changed(

@@ -71,6 +71,16 @@ _current: Timeline | None = None
 _sources: list[tuple[Callable[[bool], None], Callable[[], list[Named]]]] = []
 
 
+def _forget() -> None:
+    """In a child of fork(): the engines are the parent's."""
+    global _current
+    _current = None
+    _sources.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 def add_source(record: Callable[[bool], None], take: Callable[[], list[Named]]) -> None:
     """Let an engine be recorded: `record` switches it on and off, `take` gives what it saw."""
     _sources.append((record, take))
