@@ -939,15 +939,20 @@ class Residency:
             missing: list[tuple[int, int]] = []
             with self._locked():
                 now = time.perf_counter()
+                total = 0  # of its copies, which must fit by themselves, or others' would go for nothing
                 for chunk in holding.chunks:
                     if kept := self._pinned.get(chunk):
                         kept.wanted.add(holding)
                         kept.used = now
+                        total += kept.size
                         continue
                     region = self._owners[chunk][0]
                     if region.on_host:  # the store has them, and this is host memory as it is
                         continue
-                    missing.append((chunk, region.sizes[region.chunks.index(chunk)]))
+                    size = region.sizes[region.chunks.index(chunk)]
+                    if host_cache.fits(total + size):
+                        total += size
+                        missing.append((chunk, size))
                 self._drop_copies(host_cache.excess(sum(size for _, size in missing)), holding)
             missing = [(chunk, size) for chunk, size in missing if host_cache.reserve(size)]
             if not missing:

@@ -20,6 +20,11 @@ class HostCache:
         """Of all copies."""
         return self._bytes
 
+    def fits(self, size: int) -> bool:
+        """Whether copies of `size` bytes are within the budget if there are no others."""
+        budget = transfer_settings().host_cache
+        return budget is None or size <= budget
+
     def excess(self, size: int) -> int:
         """By how many bytes copies of `size` more would be above the budget."""
         budget = transfer_settings().host_cache
