@@ -6,6 +6,7 @@ On the host both ways are tested: files that are mapped, and (as on a GPU) weigh
 import ctypes
 import gc
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -15,9 +16,14 @@ from stored_weights import parted, wanted
 
 import glake_infer as gi
 from glake_infer import layout
+from glake_infer.allocators import _native
 from glake_infer.checking import AlteredObjectError
 from glake_infer.mapped_files import drop_pages, mappings_of
 from glake_infer.residency import Residency
+from glake_infer.transfers import settings
+from glake_infer.transfers.device import EngineTransfers
+from glake_infer.transfers.host_cache import host_cache
+from glake_infer.transfers.settings import configure_transfers
 
 PAGE = 4096
 KiB, MiB = 1 << 10, 1 << 20
@@ -605,3 +611,273 @@ def test_a_driver_that_refuses_memory_of_the_host_leaves_nothing(folder, pool, c
     holding = holding or copies.hold(items, 2)
     check(holding, items)
     holding.close()
+
+
+@pytest.fixture
+def budget(monkeypatch):
+    """Sets the budget of kept copies; all of them are given back at the end."""
+    monkeypatch.setattr(settings, "_settings", None)
+    before = host_cache.bytes
+    yield lambda size: configure_transfers(host_cache=size)
+    gc.collect()
+    assert host_cache.bytes == before
+
+
+def pinned(folder, copies, number, size=2 * MiB, count=1):
+    items = [wanted(folder, os.urandom(size), group=(number, i)) for i in range(count)]
+    return copies.hold(items, number, host_copy="pinned"), items
+
+
+class TestBudgetOfCopies:
+    def weights(self, holdings):
+        return [holding.weigh().pinned // MiB for holding, _ in holdings]
+
+    def test_the_longest_unused_go_and_nothing_is_made_anew_at_every_run(
+        self, folder, copies, budget, monkeypatch
+    ):
+        budget(4 * MiB)
+        made, keep = [], copies._device.keep
+        monkeypatch.setattr(copies._device, "keep", lambda spans: made.append(len(spans)) or keep(spans))
+        holdings = [pinned(folder, copies, number) for number in range(3)]
+        for each in holdings:
+            check(*each)
+        assert self.weights(holdings) == [0, 2, 2]
+        assert made == [1, 1, 1]
+        for _ in range(3):
+            for each in holdings:
+                check(*each)
+        assert self.weights(holdings) == [0, 2, 2]
+        assert made == [1, 1, 1]
+        holdings[1][0].suspend()
+        check(*holdings[1])  # from its copy, which is the last one used now
+        holdings[0][0].suspend()
+        check(*holdings[0])  # from files
+        assert self.weights(holdings) == [2, 2, 0]
+        assert made == [1, 1, 1, 1]
+        for holding, _ in holdings:
+            holding.close()
+
+    def test_many_models_that_take_turns_always_have_the_right_bytes(self, folder, copies, budget):
+        budget(6 * MiB)
+        holdings = [pinned(folder, copies, number, MiB, 2) for number in range(5)]
+        for turn in range(4):
+            for each in holdings[turn % 2 :]:
+                check(*each)
+                each[0].suspend()
+            assert sum(self.weights(holdings)) <= 6
+            assert host_cache.bytes <= 6 * MiB
+        for holding, _ in holdings:
+            holding.close()
+
+    @pytest.mark.parametrize(("size", "kept"), [(0, 0), (MiB, 0), (5 * MiB, 4), (None, 8)])
+    def test_a_model_that_is_larger_has_copies_of_a_part(self, folder, copies, budget, size, kept):
+        budget(size)
+        holding, items = pinned(folder, copies, 1, count=4)
+        for _ in range(3):
+            check(holding, items)
+            assert holding.weigh().pinned == kept * MiB
+            holding.suspend()
+        holding.close()
+
+    def test_a_model_that_does_not_fit_leaves_the_others_their_copies(self, folder, copies, budget):
+        budget(3 * MiB)
+        small, large = pinned(folder, copies, 1), pinned(folder, copies, 2, 4 * MiB)
+        for _ in range(3):
+            for each in (small, large):
+                check(*each)
+                each[0].suspend()
+            assert self.weights([small, large]) == [2, 0]
+        small[0].close()
+        large[0].close()
+
+    def test_a_copy_that_another_one_wants_too_is_dropped_for_both(self, folder, copies, budget):
+        budget(2 * MiB)
+        first, items = pinned(folder, copies, 1)
+        second = copies.hold(items, 2, host_copy="pinned")
+        check(first, items)
+        check(second, items)
+        assert (first.weigh().pinned, second.weigh().pinned) == (2 * MiB, 2 * MiB)
+        other = pinned(folder, copies, 3)
+        check(*other)
+        assert (first.weigh().pinned, second.weigh().pinned) == (0, 0)
+        for holding in (first, second, other[0]):
+            check(holding, items if holding is not other[0] else other[1])
+            holding.close()
+
+    def test_a_copy_that_cannot_be_made_is_not_counted(self, folder, copies, budget, monkeypatch):
+        budget(4 * MiB)
+        holding, items = pinned(folder, copies, 1)
+
+        def fail(spans):
+            raise gi.DriverError("no memory to lock")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(copies._device, "keep", fail)
+            before = host_cache.bytes
+            with pytest.raises(gi.DriverError, match="no memory to lock"), holding:
+                pass
+            assert host_cache.bytes == before
+            assert not holding.busy
+        check(holding, items)
+        assert holding.weigh().pinned == 2 * MiB
+        holding.close()
+
+
+class Slow(EngineTransfers):
+    """Over a link of 16 MiB per second: what is on its way can be seen."""
+
+    def __init__(self):
+        engine = _native.TransferEngine.on_host(2, 64 * KiB, 32 * 64 * KiB, 4096)
+        engine.add_host_path(0, "slow", rate=16 * MiB)
+        super().__init__(engine, 0)
+
+
+@pytest.fixture
+def slow(copies):
+    copies._device = Slow()
+    return copies
+
+
+@pytest.fixture
+def loads(slow, folder):
+    """A holding of 4 MiB, which takes 0.25 s to load, and its weights."""
+    items = [wanted(folder, os.urandom(2 * MiB)) for _ in range(2)]
+    holding = slow.hold(items, 1)
+    yield holding, items
+    assert slow._device._engine.memory()["in_use"] == 0
+    assert not holding.busy
+    for _ in range(2):  # it stays what it is
+        check(holding, items)
+        holding.suspend()
+    with holding.arriving():
+        pass
+    check(holding, items)
+    holding.close()
+
+
+class TestWeightsThatArrive:
+    @staticmethod
+    def fail(holding, after, error):
+        with holding.arriving():
+            time.sleep(after)
+            raise error
+
+    def test_have_memory_at_once_and_their_bytes_at_the_end(self, pool, loads):
+        holding, items = loads
+        start = time.perf_counter()
+        with holding.arriving():
+            inside = time.perf_counter()
+            assert pool.stats().active >= 4 * MiB
+            assert holding.busy
+            read(holding.addresses[items[1].digest], 2 * MiB)
+        assert inside - start < 0.15 < time.perf_counter() - start
+        check(holding, items)
+
+    def test_that_are_there_do_not_come_again(self, loads, slow):
+        holding, items = loads
+        check(holding, items)
+        before = slow.transfers.loads
+        start = time.perf_counter()
+        with holding.arriving():
+            assert holding.busy
+        assert time.perf_counter() - start < 0.1
+        assert slow.transfers.loads == before
+
+    @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+    @pytest.mark.parametrize("after", [0, 0.05, 0.6])
+    def test_are_stopped_by_an_error_in_the_block(self, pool, loads, error, after):
+        holding, _ = loads
+        start = time.perf_counter()
+        with pytest.raises(error):
+            self.fail(holding, after, error)
+        if after < 0.1:
+            assert time.perf_counter() - start < after + 0.2
+            assert pool.stats().active == 0
+            assert holding.suspended
+
+    @pytest.mark.parametrize("damage", ["change", "shorten", "remove"])
+    def test_that_cannot_come_are_an_error_at_the_end(self, folder, pool, loads, damage):
+        holding, items = loads
+        path = folder.path(items[1].digest)
+        data = path.read_bytes()
+        spoil(path, damage)
+        reached = []
+        for _ in range(2):
+            with pytest.raises(AlteredObjectError), holding.arriving():
+                reached.append(True)
+            assert pool.stats().active == 0
+            assert not holding.busy
+        assert len(reached) == 2
+        with pytest.raises(ZeroDivisionError):  # the block's own comes first
+            self.fail(holding, 0.1, ZeroDivisionError)
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+
+    def test_are_stopped_by_ctrl_c_while_they_are_waited_for(self, pool, loads):
+        holding, _ = loads
+        thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        start = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt), holding.arriving():
+            thread.start()
+        assert time.perf_counter() - start < 0.24
+        thread.join()
+        assert pool.stats().active == 0
+
+    def test_are_stopped_by_ctrl_c_after_an_error_in_the_block_too(self, loads):
+        holding, _ = loads
+
+        def fail():
+            thread = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+            thread.start()
+            try:
+                self.fail(holding, 0, ZeroDivisionError)
+            finally:
+                thread.join()
+
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+
+    def test_come_at_the_end_where_there_is_no_thread(self, loads, monkeypatch):
+        holding, items = loads
+        start = threading.Thread.start
+
+        def refuse(thread):
+            if thread.name == "glake-infer weights":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with holding.arriving():
+                pass
+            check(holding, items)
+
+    def test_that_another_waits_for_are_loaded_by_it_instead(self, slow, loads):
+        holding, items = loads
+        other, problems = slow.hold(items, 2), []
+
+        def use():
+            try:
+                check(other, items)
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=use)
+        threading.Timer(0.02, thread.start).start()
+        with pytest.raises(ZeroDivisionError):
+            self.fail(holding, 0.1, ZeroDivisionError)
+        thread.join(20)
+        assert not problems, problems[0]
+        other.close()
+
+    def test_of_a_holding_that_is_closed_meanwhile(self, pool, slow, folder):
+        items = [wanted(folder, os.urandom(2 * MiB))]
+        holding = slow.hold(items, 1)
+        with holding.arriving():
+            holding.close()
+            assert not holding.closed
+        assert holding.closed
+        assert slow.users() == {}
+        assert pool.stats().active == 0
+        with pytest.raises(gi.GlakeError, match="closed"), holding.arriving():
+            pass

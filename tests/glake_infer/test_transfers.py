@@ -24,6 +24,7 @@ from glake_infer.transfers.device import (
     EngineTransfers,
     HostTransfers,
     Part,
+    Step,
     device_for,
     record_engine,
 )
@@ -145,9 +146,15 @@ def seconds_of(engine, size, **options):
 class Device(EngineTransfers):
     """Device 0 of an engine, over some of its paths; the process's settings do not matter."""
 
-    def __init__(self, engine, used=1):
-        super().__init__(engine, 0)
+    def __init__(self, engine, used=1, in_place=False):
+        super().__init__(engine, 0, in_place=in_place)
         self._used = used
+
+    def load(self, parts, **options):
+        self.bring([Step(parts=parts)], sum(part.size for part in parts), **options)
+
+    def restore(self, copies, **options):
+        self.bring([Step(copies=copies)], sum(size for _, _, size in copies), **options)
 
     def _paths(self, size):
         return self._used
@@ -183,7 +190,7 @@ class TestLoads:
     def test_of_the_process_as_large_as_they_are(self, tmp_path):
         sizes = [2 * MiB + 1, *sizes_around(SMALL)]
         made = Layout(tmp_path, 0, sizes, [0, 1, GAP, GAP + 1, 0, 5, 0, 9, 0])
-        HostTransfers().load(made.parts)
+        HostTransfers().bring([Step(parts=made.parts)], sum(sizes))
         assert bytes(made.memory) == made.expected
 
     def test_near_parts_are_one_copy_with_zeros_between(self, tmp_path):
@@ -273,7 +280,7 @@ class TestFilesThatCannotBeRead:
     @pytest.mark.parametrize("bad", ["missing", "short", "empty", "folder"])
     def test_are_named_and_the_next_load_works(self, tmp_path, in_place, bad):
         made = Layout(tmp_path, 0, [3 * SMALL] * 8, [0] * 8, files=8, offsets=False)
-        device = EngineTransfers(make(), 0, in_place=in_place)
+        device = Device(make(), in_place=in_place)
         part = next(part for part in made.parts if part.path.name == "0-5")
         content = part.path.read_bytes()
         part.path.unlink()
@@ -503,7 +510,7 @@ class TestEnding:
                 return self.waited == 2
 
         transfer = Transfer()
-        ending.end_transfer(transfer)
+        ending.end_transfers([transfer])
         assert (transfer.waited, transfer.cancelled) == (2, 4)
 
     def test_the_engine_while_transfers_go_on(self, tmp_path):
@@ -834,7 +841,7 @@ class TestFork:
         from glake_infer.allocators import _native
         from glake_infer.allocators.errors import ForkedProcessError
         from glake_infer.transfers import timeline
-        from glake_infer.transfers.device import HostTransfers, record_engine, Part
+        from glake_infer.transfers.device import HostTransfers, record_engine, Part, Step
         import pathlib, sys, ctypes
 
         path = pathlib.Path(sys.argv[1]); path.write_bytes(b"a" * 300_000)
@@ -847,7 +854,7 @@ class TestFork:
         transfer = load(engine)
         kept, _ = engine.take_buffer(5000)
         host = HostTransfers.of_host()
-        host.load([Part(path, 0, 300_000, address + 300_000)])
+        host.bring([Step(parts=[Part(path, 0, 300_000, address + 300_000)])], 300_000)
         child = os.fork()
         if not child:
             signal.alarm(20)
@@ -862,7 +869,7 @@ class TestFork:
                     told += 1
             ctypes.memset(address + 300_000, 0, 300_000)
             with timeline.record():
-                HostTransfers.of_host().load([Part(path, 0, 300_000, address + 300_000)])
+                HostTransfers.of_host().bring([Step(parts=[Part(path, 0, 300_000, address + 300_000)])], 300_000)
             right = memory.raw[300_000:] == b"a" * 300_000 and HostTransfers.of_host() is not host
             del transfer, load, engine, host
             import gc; gc.collect()
