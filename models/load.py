@@ -260,6 +260,11 @@ def _as_given(package: Package, variant: str) -> Prepared:
     return Prepared(graph.SerializeToString(), weights, optimized=False)
 
 
+def builds_early(pool: Pool, prepared: Prepared, providers: list[Any]) -> bool:
+    """Whether a session on this pool is built while its weights are on their way."""
+    return pool.device != "cpu" and weights_may_come_later(prepared.graph, providers)
+
+
 def maps_weights(pool: Pool) -> bool:
     """Whether a session on this pool uses the store's files where they are mapped; else weights are copied to it."""
     return pool.device == "cpu"
@@ -333,7 +338,7 @@ def _build_session(
     )
     holding.progress = progress
     stream = 0
-    later = pool.device != "cpu" and weights_may_come_later(prepared.graph, providers)
+    later = builds_early(pool, prepared, providers)
     try:
         with holding.arriving() if later else holding, timeline.span("session", f"build {model.name}"):
             if prepared.optimized:
