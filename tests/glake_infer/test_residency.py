@@ -762,14 +762,12 @@ class TestWeightsThatArrive:
             time.sleep(after)
             raise error
 
-    def test_have_memory_at_once_and_their_bytes_at_the_end(self, pool, loads):
+    def test_have_their_addresses_at_once_and_their_bytes_at_the_end(self, loads):
         holding, items = loads
         start = time.perf_counter()
         with holding.arriving():
             inside = time.perf_counter()
-            assert pool.stats().active >= 4 * MiB
             assert holding.busy
-            read(holding.addresses[items[1].digest], 2 * MiB)
         assert inside - start < 0.15 < time.perf_counter() - start
         check(holding, items)
 

@@ -94,6 +94,9 @@ def test_a_function_with_the_name_of_an_operator_is_none():
 @pytest.fixture
 def pool(monkeypatch):
     monkeypatch.setattr(module, "maps_weights", lambda pool: False)
+    monkeypatch.setattr(
+        module, "builds_early", lambda pool, *given: weights_may_come_later(given[0].graph, [])
+    )
     with gi.Pool(device="cpu", limit="256MiB") as pool:
         Residency.of(pool, copies=True)
         yield pool
