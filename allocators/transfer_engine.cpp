@@ -516,9 +516,24 @@ std::vector<HostBuffer> TransferEngine::take_slabs() {
 
 TransferEngine::Handle TransferEngine::to_read() {
   for (const Handle& transfer : active_) {
-    if (transfer->to_read()) return transfer;
+    if (transfer->to_read() && has_share(*transfer)) return transfer;
   }
   return nullptr;
+}
+
+bool TransferEngine::has_share(const Transfer& transfer) const {
+  if (transfer.settings.in_place) return true;
+  std::vector<Target> devices{transfer.target};  // that wait for slots
+  std::size_t held = 0;
+  for (const Handle& each : active_) {
+    if (!each->of_files || each->settings.in_place) continue;
+    if (each->target == transfer.target) {
+      held += each->reading + each->ready.size() + each->flying;
+    } else if (each->to_read() && std::find(devices.begin(), devices.end(), each->target) == devices.end()) {
+      devices.push_back(each->target);
+    }
+  }
+  return devices.size() == 1 || held < std::max<std::size_t>(1, most_slots() / devices.size());
 }
 
 void TransferEngine::read_pieces(std::size_t number) {

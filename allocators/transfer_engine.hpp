@@ -189,6 +189,8 @@ class TransferEngine {
   void read_pieces(std::size_t number);
   void run_lane(Lane& lane);
   [[nodiscard]] Handle to_read();
+  // Of several devices that wait for slots each has its share: none waits for another's slow link.
+  [[nodiscard]] bool has_share(const Transfer& transfer) const;
   void make_slots(std::size_t pieces);
   [[nodiscard]] std::vector<HostBuffer> take_slabs();
   void give(std::byte* slot);

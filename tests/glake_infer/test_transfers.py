@@ -104,10 +104,10 @@ def make(*links, readers=4, slot=SMALL, in_flight=64 * SMALL, gap=GAP):
     return engine
 
 
-def load(engine, parts, **options):
+def load(engine, parts, target=0, **options):
     numbers = {}
     named = [(numbers.setdefault(p.path, len(numbers)), p.offset, p.size, p.address) for p in parts]
-    return engine.load(0, [os.fspath(path) for path in numbers], named, **options)
+    return engine.load(target, [os.fspath(path) for path in numbers], named, **options)
 
 
 def ended(transfer, seconds=30):
@@ -421,6 +421,20 @@ class TestPriorities:
         ended(fast)
         assert not slow.view()["ended"]
         ended(slow)
+
+    @pytest.mark.parametrize("slots", [4, 24])
+    def test_a_device_gets_slots_although_another_one_is_slow(self, tmp_path, slots):
+        engine = make({"rate": 4 * MiB}, in_flight=slots * SMALL)
+        engine.add_host_path(1, "fast")
+        first, second = (Layout(tmp_path, seed, [SMALL] * 32, [0] * 32) for seed in (0, 1))
+        slow = load(engine, first.parts)
+        time.sleep(0.05)
+        ended(load(engine, second.parts, target=1))
+        second.check()
+        assert slow.view()["done"] < 20 * SMALL
+        ended(slow)
+        first.check()
+        check_idle(engine)
 
 
 class TestEnding:
