@@ -554,7 +554,7 @@ class TestEnding:
                 ended(load(engine, [Part(tmp_path / "no", 0, 1, made.memory.address)]))
             assert count("fd") == files
             del engine
-        assert count("task") == threads
+        assert count("task") <= threads  # those of earlier tests may end meanwhile
 
     @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1e30, float("inf"), float("nan")])
     def test_any_number_of_seconds_can_be_waited(self, seconds):
@@ -715,7 +715,7 @@ class TestFurtherPaths:
             made.check()
         threads = count("task")
         engine.remove_further_paths(0)
-        assert count("task") == threads
+        assert count("task") <= threads
 
     def test_of_other_devices_stay(self):
         engine = make({}, {"rate": MiB})
