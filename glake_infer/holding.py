@@ -167,9 +167,7 @@ class Holding:
         try:
             try:
                 if chunks:
-                    with contextlib.suppress(
-                        RuntimeError
-                    ):  # the system has no more threads: it is done below
+                    with contextlib.suppress(RuntimeError):  # no more threads: it is done below
                         threading.Thread(target=bring, name="glake-infer weights", daemon=True).start()
                 yield
             except BaseException as error:
