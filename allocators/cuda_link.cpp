@@ -1,6 +1,6 @@
 #include "cuda_link.hpp"
 
-#include <thread>
+#include "patience.hpp"
 
 namespace glake {
 
@@ -66,13 +66,12 @@ void record(const CudaContext& context, CUevent event, CUstream stream) {
   context.check(context.driver.event_record(event, stream), "marking a copy (cuEventRecord)");
 }
 
-// Without sleeping, which costs more than a copy takes, and without keeping a processor from threads that are to run
-// there: the driver's own wait spins until the scheduler takes it away, 4 ms later.
 void wait_for(const CudaContext& context, CUstream stream) {
   const CurrentContext current(context);
   const RelaxedCapture relaxed(context.driver);
   CUresult result = CUDA_ERROR_NOT_READY;
-  while ((result = context.driver.stream_query(stream)) == CUDA_ERROR_NOT_READY) std::this_thread::yield();
+  Patience patience;
+  while ((result = context.driver.stream_query(stream)) == CUDA_ERROR_NOT_READY) patience.wait();
   context.check(result, "waiting for a copy (cuStreamQuery)");
 }
 

@@ -12,6 +12,8 @@
 #include <system_error>
 #include <utility>
 
+#include "patience.hpp"
+
 #ifndef CLOSE_RANGE_UNSHARE
 #define CLOSE_RANGE_UNSHARE (1U << 1)
 #endif
@@ -27,25 +29,16 @@ constexpr std::size_t pieces_per_reader = 8;
 constexpr std::size_t slots_per_reader = 2;  // one is filled while another waits for a link
 constexpr std::size_t pieces_per_path = 8;   // so that the end of a transfer is short
 constexpr std::chrono::microseconds look_again{200};
-constexpr std::chrono::microseconds spins{60};  // what it takes to wake a thread up in a virtual machine
-constexpr unsigned most_spinning = 2;           // readers; the others sleep, and are as many as are not needed
-constexpr int pauses = 16;            // between two yields: who has the mutex may be waiting for this very processor
-constexpr int tries = 400;            // of the mutex
-constexpr double known_for = 1e-3;    // seconds that a rate which is known stands for
-constexpr double fading = 0.85;       // weight of what was copied before in the rate of a lane
-constexpr double longest_wait = 1e6;  // seconds, so that their sum with the time of day is a time
+constexpr std::chrono::microseconds patient{100};  // before a thread sleeps until it is woken up
+constexpr unsigned most_spinning = 2;              // readers; the others sleep, and are as many as are not needed
+constexpr int tries = 400;                         // of the mutex
+constexpr double known_for = 1e-3;                 // seconds that a rate which is known stands for
+constexpr double fading = 0.85;                    // weight of what was copied before in the rate of a lane
+constexpr double longest_wait = 1e6;               // seconds, so that their sum with the time of day is a time
 constexpr std::size_t most_events = std::size_t{1} << 20;
 
 std::int64_t nanoseconds(std::chrono::steady_clock::time_point time) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
-}
-
-void pause() noexcept {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
 }
 
 // The process's signals are for its own threads.
@@ -424,22 +417,21 @@ TransferEngine::Lock TransferEngine::locked() const {
 void TransferEngine::relock(Lock& lock) {
   for (int i = 0; i < tries; ++i) {
     if (lock.try_lock()) return;
-    i % pauses == pauses - 1 ? std::this_thread::yield() : pause();
+    pause_processor();
   }
   lock.lock();
 }
 
 template <class Found>
 bool TransferEngine::spin(Lock& lock, const Found& found) {
-  const Clock::time_point end = Clock::now() + spins;
-  for (;;) {
+  for (Patience patience; !patience.is_over(patient);) {
     if (found()) return true;
     const std::uint64_t before = changes_.load(std::memory_order_acquire);
     lock.unlock();
-    while (changes_.load(std::memory_order_acquire) == before && Clock::now() < end) std::this_thread::yield();
+    while (changes_.load(std::memory_order_acquire) == before && !patience.is_over(patient)) patience.wait();
     relock(lock);
-    if (Clock::now() >= end) return found();
   }
+  return found();
 }
 
 // Slots.
@@ -538,6 +530,7 @@ bool TransferEngine::has_share(const Transfer& transfer) const {
 
 void TransferEngine::read_pieces(std::size_t number) {
   block_signals();
+  Patience::sharpen_naps();
   own_files();
   PieceReader reader;
   Lock lock = locked();
@@ -687,6 +680,7 @@ std::optional<TransferEngine::Flying> TransferEngine::next(const Lane& lane, boo
 
 void TransferEngine::run_lane(Lane& lane) {
   block_signals();
+  Patience::sharpen_naps();
   CopyLink& link = *lane.path->link;
   std::deque<Flying> flying;
   unsigned turn = 0;
