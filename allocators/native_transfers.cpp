@@ -261,6 +261,8 @@ void bind_transfers(nb::module_& module) {
       .def("give_buffer", &Engine::give, "address"_a, Unlocked())
       .def("memory", &memory, nb::sig("def memory(self) -> dict[str, int]"))
       .def(
+          "prepare", [](Engine& self) { self.engine.prepare(); }, Unlocked())
+      .def(
           "trim", [](Engine& self) { self.engine.trim(); }, Unlocked())
       .def(
           "record", [](Engine& self, bool on) { self.engine.record(on); }, "on"_a, Unlocked())

@@ -471,6 +471,12 @@ void TransferEngine::make_slots(std::size_t pieces) {
   slots_ += missing;
 }
 
+void TransferEngine::prepare() {
+  refuse_child();
+  const std::lock_guard one(making_);
+  make_slots(SIZE_MAX);
+}
+
 void TransferEngine::give(std::byte* slot) {
   free_.push_back(slot);
   changes_.fetch_add(1, std::memory_order_release);

@@ -127,6 +127,8 @@ class TransferEngine {
   [[nodiscard]] std::uint64_t number(const Handle& transfer) const;
 
   [[nodiscard]] Memory memory() const;
+  // Makes all slots now, rather than with the first large load.
+  void prepare();
   // Gives slots back, if none is in use.
   void trim();
   [[nodiscard]] bool is_child() const noexcept { return process_.is_child(); }

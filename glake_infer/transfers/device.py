@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypedDict, Unpack
 
 from glake_infer.allocators.errors import DriverError
 from glake_infer.process_memory import available_memory
-from glake_infer.transfers import timeline
+from glake_infer.transfers import storage, timeline
 from glake_infer.transfers.ending import end_transfers
 from glake_infer.transfers.relays import Relays
 from glake_infer.transfers.settings import SLOT, TransferSettings, transfer_settings
@@ -120,7 +121,7 @@ class Bringing:
 
     def __init__(self, total: int) -> None:
         """Use `Device.start`. `total`: bytes of all steps."""
-        self.transfers: list[_native.Transfer] = []
+        self.transfers: list[_native.Transfer | storage.StorageTransfer] = []
         self._total = total
 
     def finish(self, **options: Unpack[TransferOptions]) -> None:
@@ -139,7 +140,9 @@ class Bringing:
         """Stop it. Nothing is queued any more when this returns."""
         end_transfers(self.transfers)
 
-    def _wait(self, transfer: _native.Transfer, before: int, options: TransferOptions) -> int:
+    def _wait(
+        self, transfer: _native.Transfer | storage.StorageTransfer, before: int, options: TransferOptions
+    ) -> int:
         """Wait for one transfer; returns its bytes. `before`: those of others that are there."""
         progress, cancelled = options.get("progress"), options.get("cancelled")
         while not transfer.wait(LOOK):
@@ -184,14 +187,19 @@ class EngineTransfers:
                 if step.copies:
                     spans = [(copy, address, size) for address, copy, size in step.copies]
                     made.transfers.append(self._engine.copy(self._target, True, spans, priority, paths))
-                if step.parts:
+                in_place = self._in_place or step.in_place
+                straight = [] if in_place else self._straight(step.parts, settings)
+                if straight:
+                    made.transfers.append(
+                        storage.StorageTransfer([(p.path, p.offset, p.size, p.address) for p in straight])
+                    )
+                left = [part for part in step.parts if part not in straight] if straight else step.parts
+                if left:
                     files: dict[Path, int] = {}
                     parts = [
-                        (files.setdefault(p.path, len(files)), p.offset, p.size, p.address)
-                        for p in step.parts
+                        (files.setdefault(p.path, len(files)), p.offset, p.size, p.address) for p in left
                     ]
                     names = [os.fspath(path) for path in files]
-                    in_place = self._in_place or step.in_place
                     made.transfers.append(
                         self._engine.load(self._target, names, parts, priority, paths, around_cache, in_place)
                     )
@@ -199,6 +207,11 @@ class EngineTransfers:
             made.stop()
             raise
         return made
+
+    def _straight(self, parts: Sequence[Part], settings: TransferSettings) -> list[Part]:
+        """Those parts that go from the disk to the device without the engine."""
+        del parts, settings
+        return []
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
         """Copy to page-locked memory."""
@@ -302,6 +315,7 @@ class CudaTransfers(EngineTransfers):
         super().__init__(engine, index)
         engine.add_cuda_path(index)
         self._relays = Relays(engine, index)
+        self._prepared = False
 
     @classmethod
     def of(cls, index: int) -> CudaTransfers:
@@ -332,8 +346,28 @@ class CudaTransfers(EngineTransfers):
         for made in list(cls._made.values()):
             made._relays.leave(device)
 
+    def start(self, steps: Iterable[Step], total: int, *, priority: int = 0) -> Bringing:
+        """As `EngineTransfers.start`. The first load of a process also lets the buffers of large ones be made."""
+        if not self._prepared:
+            self._prepared = True
+            with contextlib.suppress(RuntimeError):  # no more threads: a large load makes them
+                threading.Thread(target=_prepare, args=(self._engine,), daemon=True).start()
+        return super().start(steps, total, priority=priority)
+
     def _paths(self, size: int) -> int:
         return 1 if size < SEVERAL_PATHS else 1 + self._relays.ready()
+
+    def _straight(self, parts: Sequence[Part], settings: TransferSettings) -> list[Part]:
+        if settings.direct_storage == "never" or not storage.kvikio():
+            return []
+        if settings.direct_storage == "auto" and not storage.is_direct():
+            return []
+        return [p for p in parts if p.size >= storage.LEAST and not storage.is_cached(p.path, p.offset)]
+
+
+def _prepare(engine: _native.TransferEngine) -> None:
+    with contextlib.suppress(DriverError):  # no memory: loads go on with what there is, and say so
+        engine.prepare()
 
 
 def in_flight() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Ending native transfers before their time."""
+"""Ending transfers before their time."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from glake_infer.allocators.errors import ForkedProcessError
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
+    from glake_infer.transfers.storage import StorageTransfer
 
 
-def end_transfers(transfers: Sequence[_native.Transfer]) -> None:
+def end_transfers(transfers: Sequence[_native.Transfer | StorageTransfer]) -> None:
     """Cancel them and wait until they have ended, whatever is raised meanwhile (Ctrl-C, other signals' handlers)."""
     while True:
         try:

@@ -555,7 +555,9 @@ class TestEnding:
             assert count("fd") == files
             del engine
         end = time.monotonic() + 10
-        while count("task") > threads and time.monotonic() < end:  # one that was joined is seen a moment longer
+        while (
+            count("task") > threads and time.monotonic() < end
+        ):  # one that was joined is seen a moment longer
             time.sleep(0.01)
         assert count("task") <= threads  # those of earlier tests may end meanwhile
 
