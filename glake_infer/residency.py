@@ -55,6 +55,7 @@ from glake_infer.store import ObjectFolder
 from glake_infer.transfers.device import (
     Bringing,
     Copied,
+    CudaTransfers,
     Device,
     Part,
     Step,
@@ -823,6 +824,8 @@ class Residency:
         In two steps, as `_fill_in_steps`.
         """
         native, groups = self._native, list(_grouped(fills))
+        # Only where the driver writes to memory, and so may do so once more where it is read-only, should a file change.
+        freezes = len(groups) > 1 and isinstance(self._device, CudaTransfers)
 
         def steps() -> Iterator[Step]:
             for group in groups:
@@ -833,7 +836,11 @@ class Residency:
                 parts = [part for fill in group for part in fill.parts]
                 yield Step(parts, [copy for fill in group for copy in fill.copies], group[0].on_host)
 
-        yield from self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding)
+        def arrived(number: int) -> None:
+            for fill in groups[number] if freezes else ():
+                native.freeze(fill.chunk)
+
+        yield from self._bring_steps(files, steps, sum(fill.bytes for fill in fills), holding, arrived)
 
     def _bring_steps(
         self,
@@ -841,6 +848,7 @@ class Residency:
         steps: Callable[[], Iterable[Step]],
         total: int,
         holding: Holding,
+        arrived: Callable[[int], None] | None = None,
     ) -> Iterator[None]:
         given = holding.transfer
         stopped = given["cancelled"]
@@ -855,6 +863,7 @@ class Residency:
             options: TransferOptions = {
                 **given,
                 "cancelled": lambda: bool(stopped and stopped()) or failed(),
+                "arrived": arrived,
             }
             if started:
                 started.pop().finish(**options)

@@ -80,6 +80,8 @@ class TransferOptions(TypedDict, total=False):
     """Called in the caller's thread."""
     cancelled: Callable[[], bool] | None
     """Asked now and then; once it is true the transfer ends, with CancelledError."""
+    arrived: Callable[[int], None] | None
+    """Called with the number of a step once that, and all before, are there."""
 
 
 class Device(Protocol):
@@ -98,7 +100,7 @@ class Device(Protocol):
     def bring(self, steps: Iterable[Step], total: int, **options: Unpack[TransferOptions]) -> None:
         """Bring `total` bytes in steps; complete when this returns.
 
-        Raises OSError (with the file's name), DriverError, CancelledError, and what `steps` does.
+        Raises OSError (with the file's name), DriverError, CancelledError, and what `steps` and `arrived` do.
         """
 
     def keep(self, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -121,15 +123,18 @@ class Bringing:
 
     def __init__(self, total: int) -> None:
         """Use `Device.start`. `total`: bytes of all steps."""
-        self.transfers: list[_native.Transfer | storage.StorageTransfer] = []
+        self.steps: list[list[_native.Transfer | storage.StorageTransfer]] = []
         self._total = total
 
     def finish(self, **options: Unpack[TransferOptions]) -> None:
         """Wait until all is there. As `Device.bring`."""
-        done = 0
+        done, arrived = 0, options.get("arrived")
         try:
-            for transfer in self.transfers:
-                done += self._wait(transfer, done, options)
+            for number, started in enumerate(self.steps):
+                for transfer in started:
+                    done += self._wait(transfer, done, options)
+                if arrived:
+                    arrived(number)
         except BaseException:  # Ctrl-C too
             self.stop()
             raise
@@ -138,7 +143,7 @@ class Bringing:
 
     def stop(self) -> None:
         """Stop it. Nothing is queued any more when this returns."""
-        end_transfers(self.transfers)
+        end_transfers([transfer for started in self.steps for transfer in started])
 
     def _wait(
         self, transfer: _native.Transfer | storage.StorageTransfer, before: int, options: TransferOptions
@@ -184,13 +189,15 @@ class EngineTransfers:
         made = Bringing(total)
         try:
             for step in steps:
+                started: list[_native.Transfer | storage.StorageTransfer] = []
+                made.steps.append(started)
                 if step.copies:
                     spans = [(copy, address, size) for address, copy, size in step.copies]
-                    made.transfers.append(self._engine.copy(self._target, True, spans, priority, paths))
+                    started.append(self._engine.copy(self._target, True, spans, priority, paths))
                 in_place = self._in_place or step.in_place
                 straight = [] if in_place else self._straight(step.parts, settings)
                 if straight:
-                    made.transfers.append(
+                    started.append(
                         storage.StorageTransfer([(p.path, p.offset, p.size, p.address) for p in straight])
                     )
                 left = [part for part in step.parts if part not in straight] if straight else step.parts
@@ -200,7 +207,7 @@ class EngineTransfers:
                         (files.setdefault(p.path, len(files)), p.offset, p.size, p.address) for p in left
                     ]
                     names = [os.fspath(path) for path in files]
-                    made.transfers.append(
+                    started.append(
                         self._engine.load(self._target, names, parts, priority, paths, around_cache, in_place)
                     )
         except BaseException:
@@ -222,7 +229,7 @@ class EngineTransfers:
             todo = [(copy, address, size) for copy, (address, size) in zip(made, spans, strict=True)]
             size = sum(size for _, size in spans)
             bringing = Bringing(size)
-            bringing.transfers.append(self._engine.copy(self._target, False, todo, 0, self._paths(size)))
+            bringing.steps.append([self._engine.copy(self._target, False, todo, 0, self._paths(size))])
             bringing.finish()
         except BaseException:
             for copy in made:
