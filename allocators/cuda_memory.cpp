@@ -157,6 +157,22 @@ void CudaMemory::do_map(Address address, ChunkHandle handle, Access access) {
   }
 }
 
+void CudaMemory::do_map_all(Address address, std::span<const ChunkHandle> handles) {
+  const CurrentContext current(*context_);
+  std::size_t mapped = 0;
+  try {
+    for (const ChunkHandle& handle : handles) {
+      context_->check(driver_.mem_map(address + mapped, handle.bytes, 0, handle.value, 0),
+                      "mapping device memory (cuMemMap)", handle.bytes);
+      mapped += handle.bytes;
+    }
+    set_access(address, mapped, CU_MEM_ACCESS_FLAGS_PROT_READWRITE, false);
+  } catch (...) {
+    if (mapped != 0) do_unmap(address, mapped);
+    throw;
+  }
+}
+
 void CudaMemory::do_unmap(Address address, std::size_t bytes) noexcept {
   const CurrentContext current(*context_);
   context_->report(driver_.mem_unmap(address, bytes), "unmapping device memory (cuMemUnmap)", bytes);

@@ -45,6 +45,8 @@ class CudaMemory final : public VirtualMemory {
   ChunkHandle do_adopt(int descriptor, std::size_t bytes) override;
   void do_destroy(ChunkHandle handle) noexcept override;
   void do_map(Address address, ChunkHandle handle, Access access) override;
+  // With one cuMemSetAccess, which waits for copies that are on their way.
+  void do_map_all(Address address, std::span<const ChunkHandle> handles) override;
   void do_freeze(ChunkHandle handle, std::span<const Address> addresses) override;
   void do_unmap(Address address, std::size_t bytes) noexcept override;
   // none and read_only hold for kernels: one that breaks them fails with CUDA_ERROR_ILLEGAL_ADDRESS, and the context is

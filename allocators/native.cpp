@@ -290,9 +290,12 @@ NB_MODULE(_native, module) {
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
       .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
       .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())
-      .def("make", &Pool::make, "chunk"_a, Unlocked())
+      .def(
+          "make", [](Pool& self, const std::vector<Weights::Id>& chunks) { self.make(chunks); }, "chunks"_a, Unlocked())
       .def("unmake", &Pool::unmake, "chunk"_a, Unlocked())
-      .def("freeze", &Pool::freeze, "chunk"_a, Unlocked())
+      .def(
+          "freeze", [](Pool& self, const std::vector<Weights::Id>& chunks) { self.freeze(chunks); }, "chunks"_a,
+          Unlocked())
       .def("adopt", &Pool::adopt, "chunk"_a, "descriptor"_a, Unlocked())
       .def("descriptor", &Pool::descriptor, "chunk"_a, Unlocked())
       .def(

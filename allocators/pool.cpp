@@ -920,12 +920,13 @@ void Pool::map_weights(Weights::Id chunk, int descriptor, std::size_t bytes) {
   resident_.map_file(chunk, descriptor, bytes);
 }
 
-void Pool::make(Weights::Id chunk) {
+void Pool::make(std::span<const Weights::Id> chunks) {
   const Operation operation(*this);
   try {
-    resident_.make(chunk);
+    resident_.make(chunks);
   } catch (const DeviceFullError&) {
-    const std::size_t bytes = resident_.bytes(chunk);
+    std::size_t bytes = 0;
+    for (const Weights::Id chunk : chunks) bytes += resident_.bytes(chunk);
     throw_out_of_memory(bytes, nullptr, bytes, true);
   }
   verify();
@@ -937,9 +938,9 @@ void Pool::unmake(Weights::Id chunk) {
   verify();
 }
 
-void Pool::freeze(Weights::Id chunk) {
+void Pool::freeze(std::span<const Weights::Id> chunks) {
   const Operation operation(*this);
-  resident_.freeze(chunk);
+  resident_.freeze(chunks);
 }
 
 void Pool::adopt(Weights::Id chunk, int descriptor) {

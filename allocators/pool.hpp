@@ -235,9 +235,9 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
   void end_writing(Weights::Id chunk, Address address);
   void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);
-  void make(Weights::Id chunk);
+  void make(std::span<const Weights::Id> chunks);
   void unmake(Weights::Id chunk);
-  void freeze(Weights::Id chunk);
+  void freeze(std::span<const Weights::Id> chunks);
   void adopt(Weights::Id chunk, int descriptor);
   [[nodiscard]] int descriptor(Weights::Id chunk) const;  // a duplicate, which is the caller's
   [[nodiscard]] std::vector<Weights::Gone> take_gone();

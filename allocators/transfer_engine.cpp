@@ -25,6 +25,7 @@ namespace {
 constexpr std::size_t MiB = std::size_t{1} << 20;
 constexpr std::size_t smallest_piece = MiB;      // of host memory
 constexpr std::size_t largest_piece = 16 * MiB;  // a peer's buffers are as large; more is no faster (H200)
+constexpr std::size_t largest_alone = 32 * MiB;  // where there is nothing to balance
 constexpr std::size_t pieces_per_reader = 8;
 constexpr std::size_t slots_per_reader = 2;  // one is filled while another waits for a link
 constexpr std::size_t pieces_per_path = 8;   // so that the end of a transfer is short
@@ -263,7 +264,8 @@ TransferEngine::Handle TransferEngine::copy(Target target, Direction direction, 
   std::size_t most = settings.piece;
   if (most == 0) {
     const std::size_t share = made->bytes / (pieces_per_path * std::max(1U, settings.paths));
-    most = std::clamp(share / (MiB / 4) * (MiB / 4), smallest_piece, largest_piece);
+    const std::size_t largest = settings.paths > 1 ? largest_piece : largest_alone;
+    most = std::clamp(share / (MiB / 4) * (MiB / 4), smallest_piece, largest);
   }
   {
     const Lock lock = locked();

@@ -445,6 +445,39 @@ void Weights::make(Id id) {
   }
 }
 
+std::size_t Weights::run_of(std::span<const Id> ids) const {
+  Address next = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const Chunk& chunk = find(chunks_, ids[i]);
+    const bool plain = chunk.kind == Kind::memory && !chunk.on_host && !chunk.frozen && chunk.places.size() == 1;
+    if (!plain || (i != 0 && chunk.places.front() != next)) return i;
+    next = chunk.places.front() + chunk.bytes;
+  }
+  return ids.size();
+}
+
+void Weights::make(std::span<const Id> ids) {
+  while (!ids.empty()) {
+    const std::size_t count = run_of(ids);
+    if (count < 2) {
+      make(ids.front());
+      ids = ids.subspan(1);
+      continue;
+    }
+    std::vector<Chunk*> chunks;
+    std::vector<PhysicalMemory> made;
+    std::vector<ChunkHandle> handles;
+    for (const Id id : ids.first(count)) {
+      chunks.push_back(&loading(id, Kind::memory));
+      made.push_back(create(*chunks.back()));
+      handles.push_back(made.back().handle());
+    }
+    memory_.map_all(chunks.front()->places.front(), handles);
+    for (std::size_t i = 0; i < count; ++i) chunks[i]->physical.emplace(std::move(made[i]));
+    ids = ids.subspan(count);
+  }
+}
+
 void Weights::unmake(Id id) noexcept {
   const auto found = chunks_.find(id);
   if (found != chunks_.end() && found->second.shared() && found->second.state == State::loading) clear(found->second);
@@ -456,6 +489,26 @@ void Weights::freeze(Id id) {
   if (chunk.frozen) return;
   memory_.freeze(chunk.physical->handle(), chunk.places);
   chunk.frozen = true;
+}
+
+void Weights::freeze(std::span<const Id> ids) {
+  while (!ids.empty()) {
+    const std::size_t count = run_of(ids);
+    if (count < 2) {
+      freeze(ids.front());
+      ids = ids.subspan(1);
+      continue;
+    }
+    std::size_t bytes = 0;
+    for (const Id id : ids.first(count)) {
+      const Chunk& chunk = find(chunks_, id);
+      if (!chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " is not there");
+      bytes += chunk.bytes;
+    }
+    memory_.protect(find(chunks_, ids.front()).places.front(), bytes, Access::read_only);
+    for (const Id id : ids.first(count)) find(chunks_, id).frozen = true;
+    ids = ids.subspan(count);
+  }
 }
 
 void Weights::adopt(Id id, int descriptor) {
@@ -492,9 +545,11 @@ std::vector<Weights::Gone> Weights::take_gone() {
 }
 
 void Weights::loaded(Id, std::span<const Id> ids) {
+  std::vector<Id> writable;
   for (const Id id : ids) {
-    if (find(chunks_, id).kind != Kind::file) freeze(id);
+    if (find(chunks_, id).kind != Kind::file) writable.push_back(id);
   }
+  freeze(writable);
   for (const Id id : ids) {
     Chunk& chunk = find(chunks_, id);
     chunk.state = State::resident;

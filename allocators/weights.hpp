@@ -130,9 +130,13 @@ class Weights {
   // (That of the host takes long to page-lock: so others may do something between chunks.) Throws DriverError,
   // DeviceFullError.
   void make(Id chunk);
+  // The same of several, faster where they lie one behind the other. After an error some may have it.
+  void make(std::span<const Id> chunks);
   void unmake(Id chunk) noexcept;  // takes it back, if it was given
   // Nobody can write to it any more (loaded() does this to all others).
   void freeze(Id chunk);
+  // The same of several, faster where they lie one behind the other. After an error some may be so.
+  void freeze(std::span<const Id> chunks);
   // Gives a loading chunk of kind shared the frozen memory of a descriptor, which is the chunk's from now on.
   void adopt(Id chunk, int descriptor);
   [[nodiscard]] std::size_t bytes(Id chunk) const;
@@ -243,6 +247,9 @@ class Weights {
   void take_out(Region& region, std::size_t count);
   void make_present(Chunk& chunk, bool later);
   [[nodiscard]] PhysicalMemory create(const Chunk& chunk);
+  // How many of these chunks, from the first one on, have memory of their own and lie at one address each, one behind
+  // the other.
+  [[nodiscard]] std::size_t run_of(std::span<const Id> chunks) const;
   void make_absent(Chunk& chunk, bool drop = false) noexcept;
   [[nodiscard]] Chunk& loading(Id chunk, Kind kind);
   void take(Chunk& chunk, PhysicalMemory physical, Access access);

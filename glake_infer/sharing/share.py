@@ -234,10 +234,10 @@ class Share:
         start = time.perf_counter()
         try:
             for number in numbers:
-                self._native.make(number)
+                self._native.make([number])
             read = fill(numbers)
             for number in numbers:
-                self._native.freeze(number)
+                self._native.freeze([number])
                 descriptors.append(self._native.descriptor(number))
             try:
                 generation = self._client.loaded(memories, descriptors, read, time.perf_counter() - start)
@@ -269,10 +269,10 @@ class Share:
         """Make chunks while there is no broker."""
         self._client.collect()
         for number in numbers:
-            self._native.make(number)
+            self._native.make([number])
         verify(numbers, lambda: fill(numbers))
         for number in numbers:
-            self._native.freeze(number)
+            self._native.freeze([number])
         self._alone(user, numbers, self._new_memories(numbers))
 
     def _alone(self, user: int, numbers: list[int], memories: list[ChunkMemory]) -> None:

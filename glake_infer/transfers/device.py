@@ -27,6 +27,9 @@ GAP = 4096
 SEVERAL_PATHS = 16 << 20
 """Bytes from which a transfer takes all paths: smaller ones are not faster by two (H200)."""
 
+MUCH = 1 << 30
+"""Bytes of a load from which it may be too much for the page cache."""
+
 LOOK = 0.05
 """Seconds between two looks of who waits: at signals, and how far it is."""
 
@@ -259,7 +262,7 @@ class EngineTransfers:
 def _around_cache(settings: TransferSettings, size: int) -> bool:
     """Whether a load of so many bytes would only push itself out of the page cache."""
     if settings.direct_io == "auto":
-        return size > available_memory() // 2
+        return size >= MUCH and size > available_memory() // 2
     return settings.direct_io == "always"
 
 

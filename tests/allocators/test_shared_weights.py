@@ -37,9 +37,9 @@ def make(pool, user, value=7):
     """Begin a use, and make all that is missing; returns descriptors."""
     chunks = pool.begin_use(user)
     for chunk in chunks:
-        pool.make(chunk)
+        pool.make([chunk])
         ctypes.memset(pool.address_of(chunk), value, MiB)
-        pool.freeze(chunk)
+        pool.freeze([chunk])
     pool.loaded(user, chunks)
     return [pool.descriptor(chunk) for chunk in chunks]
 
@@ -147,11 +147,11 @@ class TestChunks:
             pool.suspend(user)
         pool.take_gone()
         assert pool.begin_use(user) == chunks
-        pool.make(chunks[0])
+        pool.make([chunks[0]])
         pool.unmake(chunks[0])
-        pool.make(chunks[0])
+        pool.make([chunks[0]])
         with pytest.raises(InvalidPointerError):
-            pool.make(chunks[0])
+            pool.make([chunks[0]])
         pool.load_failed(user, chunks)
         assert pool.take_gone() == [(chunks[0], False)]
         assert pool.stats()["reserved"] == 0
@@ -163,10 +163,10 @@ class TestChunks:
         for calls in range(2):  # create_shared, map
             pool.inject_failure(calls)
             with pytest.raises(DriverError, match="injected"):
-                pool.make(chunks[0])
+                pool.make([chunks[0]])
             pool.inject_failure(-1)
         assert open_files() == before
-        pool.make(chunks[0])
+        pool.make([chunks[0]])
         pool.loaded(user, chunks)  # freezes
         with pytest.raises(PermissionError):
             os.pwrite(descriptor := pool.descriptor(chunks[0]), b"x", 0)

@@ -29,7 +29,7 @@ def fill(pool, user, value):
     chunks = pool.begin_use(user)
     for chunk in chunks:
         with contextlib.suppress(InvalidPointerError):  # all but those on the host have memory already
-            pool.make(chunk)
+            pool.make([chunk])
         ctypes.memset(pool.address_of(chunk), value, MiB)
     pool.loaded(user, chunks)
     return chunks
@@ -300,7 +300,7 @@ def test_a_refusal_on_the_host_leaves_nothing(pool, calls):
         def begin():
             begun.extend(pool.begin_use(user))
             for chunk in chunks:
-                pool.make(chunk)
+                pool.make([chunk])
 
         with pytest.raises(DriverError, match="injected"):
             begin()
