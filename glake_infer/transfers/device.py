@@ -203,7 +203,8 @@ class EngineTransfers:
                     started.append(
                         storage.StorageTransfer([(p.path, p.offset, p.size, p.address) for p in straight])
                     )
-                left = [part for part in step.parts if part not in straight] if straight else step.parts
+                gone = {id(part) for part in straight}
+                left = [part for part in step.parts if id(part) not in gone] if gone else step.parts
                 if left:
                     files: dict[Path, int] = {}
                     parts = [
