@@ -182,6 +182,9 @@ def _show_loads(reports: Sequence[LoadReport | LeftOut], trace: Path | None) -> 
         if report.in_flight_bound and report.start == "warm":
             peak = f"{output.size(report.in_flight or 0)} at most, of {output.size(report.in_flight_bound)}"
             rows.append(("in flight", peak))
+            if report.copying:
+                moved = f"{output.duration(report.copying)}, {output.rate(report.bytes / report.copying)}"
+                rows.append((f"from files to the GPU, {report.weights} weights", moved))
             rows.append(("verified", report.verified or "-"))
             if report.difference is not None:
                 rows.append(("difference from plain", output.number(report.difference)))

@@ -104,7 +104,8 @@ def load(
     optimization
         ONNX Runtime's graph optimization level.
     threads
-        Threads inside one run (intra-op); ONNX Runtime's default is one per core.
+        Threads inside one run (intra-op); ONNX Runtime's default is one per core. On CUDA they sleep when they have no
+        work, rather than spin as by default, unless `configure` sets `session.intra_op.allow_spinning`.
     configure
         Called with the session's fresh SessionOptions before ours are set, for anything else (logging, profiling,
         spinning, free dimensions). The prepared graph is the same for everybody: what decides how a graph is

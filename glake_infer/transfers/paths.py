@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SHORT = 128 << 20
 """Bytes of a copy of the calibration: 2.4 ms over one PCIe 5 link."""
 
+STAGING = 96 << 20
+"""Bytes of a peer's memory: three buffers of 16 MiB for each direction, so that both hops overlap."""
+
 Rates = tuple[float, float]
 """Bytes per second to the device, and to the host."""
 
@@ -165,7 +168,6 @@ def survey(
     Opens every GPU, and takes `size` bytes of each and of the host in turn. Raises DriverError, OutOfMemoryError.
     """
     from glake_infer.allocators import _native
-    from glake_infer.transfers.relays import STAGING
 
     count, found = gpu_count(), list[LinkReport]()
     for index in range(count):

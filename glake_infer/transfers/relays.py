@@ -14,9 +14,6 @@ from glake_infer.transfers.settings import transfer_settings
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
 
-STAGING = 96 << 20
-"""Bytes of a peer's memory: three buffers of 16 MiB for each direction, so that both hops overlap."""
-
 WORTH = 1.1
 """A peer's link is used if, together with it, a GPU's own is so much faster."""
 
@@ -63,13 +60,13 @@ class Relays:
         if not _native.cuda_peers(self._index, peer):
             return
         pool = _native.device_pool(f"cuda:{peer}")
-        address = pool.allocate(STAGING, "workspace", -1)
+        address = pool.allocate(paths.STAGING, "workspace", -1)
         try:
-            figures = paths.figures(self._index, peer, address, STAGING)
+            figures = paths.figures(self._index, peer, address, paths.STAGING)
             if figures.gain < WORTH:
                 pool.deallocate(address)
                 return
-            self._engine.add_cuda_relay(self._index, peer, address, STAGING, figures.by_peer)
+            self._engine.add_cuda_relay(self._index, peer, address, paths.STAGING, figures.by_peer)
         except BaseException:
             pool.deallocate(address)
             raise

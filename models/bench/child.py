@@ -163,9 +163,11 @@ def load_session(request: Request, say: Say) -> dict[str, Any]:
             outputs = side.run(model, feeds)
         answered = time.monotonic_ns() - (begun - loaded)
     built = [span.end for span in recorded.spans if span.row == "session" and span.name.startswith("build ")]
+    moved = [span for span in recorded.spans if span.row.startswith(("reader ", "link "))]
     if request.get("trace"):
         recorded.save(request["trace"])
     answer: dict[str, Any] = {
+        "copying": (max(s.end for s in moved) - min(s.start for s in moved)) / 1e9 if moved else None,
         "to_weights": (arrived - start) / 1e9 if arrived else None,
         "to_session": ((built[-1] if built else loaded) - start) / 1e9,
         "to_answer": (answered - start) / 1e9,

@@ -15,8 +15,7 @@ from glake_infer.allocators.errors import DeviceNotFoundError, DriverError, Inpu
 from glake_infer.allocators.sizes import parse_bytes
 from glake_infer.models.progress import Progress
 from glake_infer.transfers import paths
-from glake_infer.transfers.paths import LinkReport
-from glake_infer.transfers.relays import STAGING
+from glake_infer.transfers.paths import STAGING, LinkReport
 from glake_infer.transfers.settings import SLOT, transfer_settings
 
 if TYPE_CHECKING:

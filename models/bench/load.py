@@ -43,6 +43,8 @@ class LoadReport:
     bytes: int
     to_weights: float | None
     """Until all weights are on the device; None where nobody says so (mapped files, plain ONNX Runtime)."""
+    copying: float | None
+    """From the first byte that is read to the last one on the device, where weights are moved by us."""
     to_session: float | None
     to_answer: float | None
     rate: float
@@ -241,7 +243,8 @@ class _Turns:
         return LoadReport(
             model=self.subject.name, side=side.side, start=side.start, device=self.shop.device,
             weights=self.subject.weights, bytes=size,
-            to_weights=median("to_weights"), to_session=median("to_session"), to_answer=median("to_answer"),
+            to_weights=median("to_weights"), copying=median("copying"),
+            to_session=median("to_session"), to_answer=median("to_answer"),
             rate=size / statistics.median(turns), link=link,
             goal=None if self.shop.device == "cpu" else size / (OF_THE_LINK * link) + BESIDE,
             cached=cached, disk=disk,

@@ -80,6 +80,7 @@ def loaded(side, start, model="large", **more):
     }
     times = {
         "to_weights": 0.1771,
+        "copying": 0.163,
         "to_session": 0.05,
         "to_answer": 0.1832,
         "rate": 46.9e9,

@@ -12,7 +12,8 @@ from glake_infer.allocators.errors import InputError
 from glake_infer.allocators.pool import Pool
 from glake_infer.transfers import paths, relays, settings, timeline
 from glake_infer.transfers.host_cache import HostCache
-from glake_infer.transfers.relays import STAGING, Relays
+from glake_infer.transfers.paths import STAGING
+from glake_infer.transfers.relays import Relays
 from glake_infer.transfers.settings import TransferSettings, configure_transfers, transfer_settings
 
 MiB = 1 << 20
