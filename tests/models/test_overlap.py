@@ -169,10 +169,8 @@ def test_weights_that_cannot_be_read_are_the_error_and_nothing_is_left(pool, pac
 def test_threads_do_not_spin_unless_somebody_wants_that():
     import onnxruntime
 
-    from glake_infer.models import load as loading
-
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.inter_op.allow_spinning", "1")
-    loading._stop_spinning(options)
+    module._stop_spinning(options)
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert options.get_session_config_entry("session.inter_op.allow_spinning") == "1"
