@@ -327,6 +327,7 @@ class CudaTransfers(EngineTransfers):
         engine.add_cuda_path(index)
         self._relays = Relays(engine, index)
         self._prepared = False
+        self._told_of_locks = False
 
     @classmethod
     def of(cls, index: int) -> CudaTransfers:
@@ -363,7 +364,15 @@ class CudaTransfers(EngineTransfers):
             self._prepared = True
             with contextlib.suppress(RuntimeError):  # no more threads: a large load makes them
                 threading.Thread(target=_prepare, args=(self._engine,), daemon=True).start()
-        return super().start(steps, total, priority=priority)
+        started = super().start(steps, total, priority=priority)
+        if not self._told_of_locks and not self._engine.memory()["locked"]:
+            self._told_of_locks = True
+            _log.warning(
+                "host memory cannot be page-locked here, so copies to cuda:%d are slower: raise `ulimit -l`, or the bounds of "
+                "the container (docker run --ulimit memlock=-1)",
+                self._target,
+            )
+        return started
 
     def _paths(self, size: int) -> int:
         return 1 if size < SEVERAL_PATHS else 1 + self._relays.ready()

@@ -120,3 +120,17 @@ def test_memory_of_the_host_that_cannot_be_had(tmp_path, driver, expected):
 
 def test_every_function_of_the_table_is_looked_for():
     assert len(set(fake_cuda.symbols())) == len(fake_cuda.symbols()) > 40
+
+
+def test_memory_that_cannot_be_page_locked_is_used_without(tmp_path):
+    """As in a container whose locked memory is bounded: cuMemHostRegister refuses, and transfers go on."""
+    code = """
+from glake_infer.allocators import _native
+engine = _native.TransferEngine.on_cuda(0, 2, 1 << 20, 8 << 20, 4096)
+address, locked = engine.take_buffer(5 << 20)
+engine.give_buffer(address)
+engine.prepare()
+memory = engine.memory()
+print(locked, memory["locked"], memory["allocated"] > 0, memory["in_use"])
+"""
+    assert fake_cuda.run(fake_cuda.build(tmp_path), code) == "False False True 0\n"

@@ -66,7 +66,7 @@ def device():
     engine.add_host_path(0, "memory")
     made = CudaTransfers.__new__(CudaTransfers)
     super(CudaTransfers, made).__init__(engine, 0)
-    made._prepared = True
+    made._prepared = made._told_of_locks = True
     made._relays = types.SimpleNamespace(ready=lambda: 0)
     return made
 
@@ -160,3 +160,12 @@ def test_what_the_page_cache_has(tmp_path):
     assert not storage.is_cached(file, 20000)
     assert not storage.is_cached(tmp_path / "no", 0)
     assert storage.kvikio() is None or hasattr(storage.kvikio(), "CuFile")
+
+
+def test_memory_that_cannot_be_page_locked_is_told_once(device, kvikio, parts, caplog):
+    configure_transfers(direct_storage="never")
+    device._told_of_locks = False
+    for _ in range(2):
+        bring(device, parts[0])
+    check(*parts)
+    assert [record.message.count("ulimit -l") for record in caplog.records] == [1]
