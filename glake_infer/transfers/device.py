@@ -368,8 +368,8 @@ class CudaTransfers(EngineTransfers):
         if not self._told_of_locks and not self._engine.memory()["locked"]:
             self._told_of_locks = True
             _log.warning(
-                "host memory cannot be page-locked here, so copies to cuda:%d are slower: raise `ulimit -l`, or the bounds of "
-                "the container (docker run --ulimit memlock=-1)",
+                "host memory cannot be page-locked here, so copies to cuda:%d are slower: raise `ulimit -l`, or the "
+                "container's bound (docker run --ulimit memlock=-1)",
                 self._target,
             )
         return started
