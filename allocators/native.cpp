@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -246,7 +247,15 @@ NB_MODULE(_native, module) {
           [](Pool& self, std::size_t bytes, const std::string& tag, std::int64_t stream) {
             const Tag parsed = parse_tag(tag);
             const nb::gil_scoped_release unlocked;
-            return self.allocate(bytes, parsed, static_cast<StreamHandle>(stream));
+            try {
+              return self.allocate(bytes, parsed, static_cast<StreamHandle>(stream));
+            } catch (
+                const std::bad_alloc&) {  // as where mappings run out, if the pool's tables need the last one first
+              throw glake::DriverError(
+                  "taking memory for the pool's own tables failed (ENOMEM). Either the machine is out of memory, or "
+                  "this "
+                  "process has too many mappings (vm.max_map_count): raise it, or hold fewer blocks at once.");
+            }
           },
           "size"_a, "tag"_a = "activations", "stream"_a = -1)
       .def(

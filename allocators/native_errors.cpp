@@ -2,8 +2,6 @@
 
 #include <nanobind/stl/string.h>
 
-#include <new>
-
 namespace nb = nanobind;
 using namespace nb::literals;
 
@@ -43,11 +41,6 @@ void translate(const std::exception_ptr& pointer, void*) {
     raise(error_class("ForkedProcessError")());
   } catch (const DriverError& error) {
     raise(error_class("DriverError")(error.what()));
-  } catch (const std::bad_alloc&) {  // as in the midst of taking mappings: whoever needs the last one first
-    raise(error_class("DriverError")(
-        "taking memory for the pool's own tables failed: std::bad_alloc (ENOMEM). Either the machine is out of memory, "
-        "or "
-        "this process has too many mappings (vm.max_map_count): raise it, or hold fewer blocks at once."));
   }
 }
 
