@@ -542,7 +542,11 @@ class Residency:
     def _map_region(self, spec: RegionSpec) -> Region:
         """Reserve addresses for a region of the broker's."""
         assert self.share is not None
-        pieces = [(c.size, c.used, self.share.number_of(c.token), False) for c in spec.chunks]
+        numbers = [self.share.number_of(chunk.token) for chunk in spec.chunks]
+        pieces = [  # one that was removed here may be known to the connection for a moment longer
+            (chunk.size, chunk.used, number if number in self._owners else 0, False)
+            for chunk, number in zip(spec.chunks, numbers, strict=True)
+        ]
         number, address, chunks = self._native.place_weights(pieces, "shared")
         self._numbers.add(number)
         sizes = tuple(chunk.size for chunk in spec.chunks)
