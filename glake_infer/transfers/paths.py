@@ -102,6 +102,19 @@ def figures(index: int, peer: int, staging: int, size: int) -> PathFigures:
     return made
 
 
+def engine_over(index: int, links: Sequence[tuple[int, int, int] | None]) -> _native.TransferEngine:
+    """A new engine whose paths to a GPU are these links, as for `measure`. Raises DriverError."""
+    from glake_infer.allocators import _native
+
+    engine = _native.TransferEngine.on_cuda(index, 1, SLOT, SLOT, 0)
+    for link in links:
+        if link is None:
+            engine.add_cuda_path(index)
+        else:
+            engine.add_cuda_relay(index, *link)
+    return engine
+
+
 def measure(
     index: int,
     links: Sequence[tuple[int, int, int] | None],
@@ -112,14 +125,7 @@ def measure(
 
     A link: None for its own, or (peer, address of a buffer there, its bytes). The best of `repeats` copies more than two.
     """
-    from glake_infer.allocators import _native
-
-    engine = _native.TransferEngine.on_cuda(index, 1, SLOT, SLOT, 0)
-    for link in links:
-        if link is None:
-            engine.add_cuda_path(index)
-        else:
-            engine.add_cuda_relay(index, *link)
+    engine = engine_over(index, links)
     with _memory(engine, index, size) as (host, device):
         found = []
         for down in (True, False):

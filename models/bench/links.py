@@ -15,7 +15,7 @@ from glake_infer.allocators.errors import DeviceNotFoundError, DriverError, Inpu
 from glake_infer.allocators.sizes import parse_bytes
 from glake_infer.models.progress import Progress
 from glake_infer.transfers import paths
-from glake_infer.transfers.paths import STAGING, LinkReport
+from glake_infer.transfers.paths import STAGING, LinkReport, engine_over
 from glake_infer.transfers.settings import SLOT, transfer_settings
 
 if TYPE_CHECKING:
@@ -92,9 +92,7 @@ def examine_links(*, size: int | str = 1 << 30, progress: Progress | None = None
 
 def can_lock() -> bool:
     """Whether host memory can be page-locked for GPUs. Raises DriverError."""
-    from glake_infer.allocators import _native
-
-    engine = _native.TransferEngine.on_cuda(0, 1, SLOT, SLOT, 0)
+    engine = engine_over(0, [])
     address, locked = engine.take_buffer(SLOT)
     engine.give_buffer(address)
     return locked
@@ -159,8 +157,6 @@ def bench_links(
 
     Raises InputError (the CPU has no links), DeviceNotFoundError, DriverError, OutOfMemoryError.
     """
-    from glake_infer.allocators import _native
-
     device = parse_device(device)
     if device == "cpu":
         raise InputError("--device cpu: the CPU has no links. Expected a GPU, as cuda:0.")
@@ -168,12 +164,7 @@ def bench_links(
         raise InputError(f"repeat={repeat}: expected 1 or more.")
     index, largest = int(device.removeprefix("cuda:")), max(sizes)
     with links_of(index, all_paths=True) as links:
-        engine = _native.TransferEngine.on_cuda(index, 1, SLOT, SLOT, 0)
-        for link in links:
-            if link is None:
-                engine.add_cuda_path(index)
-            else:
-                engine.add_cuda_relay(index, *link)
+        engine = engine_over(index, links)
         with _Raw(index, [link[0] for link in links if link], largest, engine) as raw:
             return curve(
                 device,
