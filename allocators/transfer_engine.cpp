@@ -89,6 +89,8 @@ class TransferEngine::Transfer {
   std::string link_error;
   std::vector<std::string> lost_links;
 
+  // Whether a piece is in memory that no lane has taken.
+  [[nodiscard]] bool to_copy() const { return !ready.empty() || (!of_files && next < pieces.size()); }
   [[nodiscard]] bool to_read() const { return of_files && !stopping && next < pieces.size(); }
 };
 
@@ -651,23 +653,22 @@ bool TransferEngine::worth_it(const Lane& lane, const Transfer& transfer, std::s
   return mine <= (static_cast<double>(transfer.left) + flying) / others;
 }
 
+bool TransferEngine::serves(const Lane& lane, const Transfer& transfer) {
+  return transfer.target == lane.path->target && transfer.direction == lane.direction && !transfer.stopping &&
+         lane.path->rank < transfer.settings.paths && !transfer.settings.in_place;
+}
+
 bool TransferEngine::has_next(const Lane& lane) const {
   if (lane.failed || lane.path->leaving) return false;
-  return std::any_of(active_.begin(), active_.end(), [&](const Handle& each) {
-    if (each->target != lane.path->target || each->direction != lane.direction || each->stopping) return false;
-    if (lane.path->rank >= each->settings.paths || each->settings.in_place) return false;
-    return !each->ready.empty() || (!each->of_files && each->next < each->pieces.size());
-  });
+  return std::any_of(active_.begin(), active_.end(),
+                     [&](const Handle& each) { return serves(lane, *each) && each->to_copy(); });
 }
 
 std::optional<TransferEngine::Flying> TransferEngine::next(const Lane& lane, bool& left) {
   if (lane.failed || lane.path->leaving) return std::nullopt;
   for (const Handle& transfer : active_) {
     Transfer& each = *transfer;
-    if (each.target != lane.path->target || each.direction != lane.direction || each.stopping) continue;
-    if (lane.path->rank >= each.settings.paths || each.settings.in_place) continue;
-    const bool unread = !each.of_files && each.next < each.pieces.size();
-    if (each.ready.empty() && !unread) continue;
+    if (!serves(lane, each) || !each.to_copy()) continue;
     const std::size_t piece = each.ready.empty() ? each.next : each.ready.front();
     const std::size_t bytes = each.pieces[piece].bytes;
     if (!worth_it(lane, each, bytes)) {
@@ -760,10 +761,7 @@ void TransferEngine::run_lane(Lane& lane) {
 }
 
 bool TransferEngine::may_get_more(const Lane& lane) const {
-  return std::any_of(active_.begin(), active_.end(), [&](const Handle& each) {
-    return each->target == lane.path->target && each->direction == lane.direction && !each->stopping &&
-           lane.path->rank < each->settings.paths && !each->settings.in_place;
-  });
+  return std::any_of(active_.begin(), active_.end(), [&](const Handle& each) { return serves(lane, *each); });
 }
 
 void TransferEngine::wake_lanes(const Transfer* transfer) {

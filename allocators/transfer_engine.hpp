@@ -203,6 +203,8 @@ class TransferEngine {
   [[nodiscard]] std::size_t slots_in_use() const { return slots_ - free_.size(); }
   // There may be more of them than there should be now.
   [[nodiscard]] bool has_slot() const { return !free_.empty() && slots_in_use() < most_slots(); }
+  // Whether the transfer, while it goes on, is one that the lane copies pieces of.
+  [[nodiscard]] static bool serves(const Lane& lane, const Transfer& transfer);
   [[nodiscard]] bool has_next(const Lane& lane) const;
   // What the lane is to copy next. `left`: whether there is something that it leaves to others.
   [[nodiscard]] std::optional<Flying> next(const Lane& lane, bool& left);
