@@ -42,9 +42,6 @@ EngineTag = Literal["weights", "context", "scratch", "outputs"]
 MODULES = ("tensorrt_rtx", "tensorrt")
 """The libraries that an allocator can be for; they have the same Python API."""
 
-POOL_ALIGNMENT = 256
-"""What the pool aligns to by itself."""
-
 GROWTH = 64
 LEAST_GROWTH = 1 << 30
 """A growing allocation reserves addresses, and no memory, for so many times its first size, and for so many bytes."""
@@ -84,7 +81,7 @@ class _Live:
     size: int
     tag: EngineTag
     base: int
-    """What the pool returned; the address is above it where more than POOL_ALIGNMENT was asked for."""
+    """What the pool returned; the address is above it where a larger alignment was asked for."""
     growing: _Growing | None = None
     source: BlockSource | None = None
 
@@ -253,9 +250,9 @@ class TensorRTAllocator:
             live = _Live(size, "outputs", address, growing)
         else:
             base = address = state.native.allocate(size, here.tag, stream)
-            if alignment and address % alignment:  # more than POOL_ALIGNMENT was asked for
+            if alignment and address % alignment:  # the pool's is 256, and less for what is smaller
                 state.native.deallocate(base, stream)
-                base = state.native.allocate(size + alignment - POOL_ALIGNMENT, here.tag, stream)
+                base = state.native.allocate(size + alignment, here.tag, stream)
                 address = -(-base // alignment) * alignment
             live = _Live(size, here.tag, base)
         with state.lock:
@@ -318,7 +315,7 @@ class TensorRTAllocator:
 def _installed() -> ModuleType:
     """The library that is imported already, or else one that is installed."""
     for name in MODULES:
-        if name in sys.modules:
+        if sys.modules.get(name):
             return sys.modules[name]
     for name in MODULES:
         with contextlib.suppress(ImportError):

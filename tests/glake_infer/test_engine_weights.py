@@ -186,7 +186,7 @@ def test_without_a_source_a_block_stays(pool, allocator, folder):
 def test_a_plan_whose_weights_lie_elsewhere_is_searched(pool, allocator, folder):
     plan = family(folder, 512)
     longer = Plan(folder, [])
-    moved = [gi_stretch for gi_stretch in plan.stretches]
+    moved = list(plan.stretches)
     extra = longer.stretches[0]
     end = len(plan.bytes)
     moved.append(type(extra)(end, extra.bytes, extra.file))
@@ -255,9 +255,15 @@ def test_no_room_is_no_block_and_says_why(pool, allocator, folder):
 
 
 def test_a_library_that_fails_gives_its_block_back(pool, allocator, folder):
-    with pytest.raises(gi.ModelError), EngineWeights.of(pool).loading(allocator):
-        engine = Engine(allocator, family(folder, 512))
+    engines = []
+
+    def fail():
+        engines.append(Engine(allocator, family(folder, 512)))
         raise gi.ModelError("of a truncated plan")
+
+    with pytest.raises(gi.ModelError, match="truncated"), EngineWeights.of(pool).loading(allocator):
+        fail()
+    (engine,) = engines
     engine.destroy()
     assert reserved(pool) == 0
 
