@@ -27,6 +27,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
@@ -37,7 +38,7 @@ from glake_infer import cuda
 from glake_infer.allocators.errors import DriverError, ForkedProcessError, OutOfMemoryError
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import File
-from glake_infer.digest import digest_of
+from glake_infer.digest import digest_of, digest_of_piece
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.residency import Region, Residency
 from glake_infer.transfers.device import Part
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
 CHUNKS = 512
 """Of a block, at most about so many: mapping costs per chunk, and sharing loses up to one where bytes begin to differ."""
 
-READ_BACK = 32 << 20
-"""Bytes that are read back at once."""
+READ_BACK = 8 << 20
+THREADS = 8
+"""Bytes that a thread reads back at once, and how many do."""
 
 TELLING = 4 << 10
 """Bytes of a stretch from which it says where its block should lie."""
@@ -194,12 +196,13 @@ class EngineWeights:
                 engine = runtime.deserialize_cuda_engine(plan)
             print(loading.report)
 
-        `allocator` is the runtime's. `user`: a number that names the model, None for one of no model. `stretches`: where the plan's bytes lie in the
-        store, all `plan_bytes` of them, in order; without them the block cannot be suspended, and is shared all the same.
-        The block lives until TensorRT gives it back, with the engine.
+        `allocator` is the runtime's. `user`: a number that names the model, None for one of no model. `stretches`: where
+        the plan's bytes lie in the store, all `plan_bytes` of them; without them, or where they turn out to be others, the
+        block stays when it is suspended, and is shared all the same. It lives until TensorRT gives it back, with the
+        engine.
 
-        At the end waits for the device, and reads the block back. Raises DriverError; AlteredObjectError where an object of
-        the plan was changed. The engine is usable after an error too, with memory of its own.
+        At the end waits for the device, and reads the block back. Raises DriverError; the engine is usable then too, with
+        memory of its own.
         """
         if user is None:
             user = next(_nameless)
@@ -212,16 +215,15 @@ class EngineWeights:
         with self._lock:
             return self._blocks.pop(address, None)
 
-    def _best_place(
-        self, size: int, alignment: int, stretches: Sequence[Stretch], begin: int
-    ) -> tuple[int, int]:
-        """(bytes of a chunk, shift within the first) for a block that begins at `begin` of a plan."""
+    def _best_place(self, size: int, alignment: int, plan: _PlanBytes) -> tuple[int, int]:
+        """(bytes of a chunk, shift within the first) for a block of a plan."""
+        begin = plan.bytes - TRAILER - size
         granule = self._native.granularity
         grid = granule
         while grid * CHUNKS < size:
             grid *= 2
         votes: Counter[tuple[int, int]] = Counter()
-        inside = [s for s in stretches if s.bytes >= TELLING and begin <= s.offset < begin + size]
+        inside = [s for s in plan.within(begin, size) if s.bytes >= TELLING]
         with self._lock:
             for block in self._blocks.values():
                 for stretch in inside:
@@ -263,8 +265,7 @@ class Loading:
     def allocate(self, size: int, alignment: int) -> int:
         """Return the address of a block that TensorRT can write to. Raises OutOfMemoryError, DriverError."""
         native = self._native
-        begin = self._plan.bytes - TRAILER - size
-        grid, shift = self._weights._best_place(size, alignment, self._plan.stretches, begin)
+        grid, shift = self._weights._best_place(size, alignment, self._plan)
         lead = shift // native.granularity * native.granularity
         shift -= lead
         sizes = _sizes_of(shift + size, grid, lead, native.granularity)
@@ -366,41 +367,48 @@ class Loading:
 
     def _read_back(self, block: _Block) -> tuple[list[str], list[bool]]:
         """What each chunk holds, and whether the plan is known to hold the same; the region learns how to fill it."""
-        region, device = block.region, self._weights._table._device
-        spans = list(block.spans())
-        keys: list[str] = []
-        known: list[bool] = []
-        begin: int | None = None
-        for first, last in _groups([size for _, size, _ in spans], READ_BACK):
-            start = spans[first][0]
-            total = sum(size for _, size, _ in spans[first:last])
-            copy = device.keep([(start, total)])[0]
-            try:
-                data = memoryview((ctypes.c_char * total).from_address(copy)).cast("B")
-                if first == 0:
-                    begin = self._plan.find(data[:SAMPLE], block.size)
-                done = 0
-                for (address, size, within), chunk_bytes in zip(
-                    spans[first:last], region.sizes[first:last], strict=True
-                ):
-                    piece = data[done : done + size]
-                    done += size
-                    keys.append(digest_of(f"{chunk_bytes} {within} {digest_of(piece)}".encode()))
-                    at = None if begin is None else begin + address - block.address
-                    known.append(at is not None and self._plan.holds(at, piece))
-                data.release()
-            finally:
-                device.forget(copy)
+        region, spans = block.region, list(block.spans())
+        with self._copied(block.address, min(SAMPLE, block.size)) as sample:
+            begin = self._plan.find(sample, block.size)
+
+        def look(group: tuple[int, int]) -> list[tuple[str, bool]]:
+            first, last = group
+            sizes = [size for _, size, _ in spans[first:last]]
+            starts = itertools.accumulate(sizes[:-1], initial=0)
+            found = []
+            with self._copied(spans[first][0], sum(sizes)) as data:
+                for index, start in zip(range(first, last), starts, strict=True):
+                    address, size, within = spans[index]
+                    piece = data[start : start + size]
+                    key = f"{region.sizes[index]} {within} {digest_of_piece(piece)}"
+                    sure = begin is not None and self._plan.holds(begin + address - block.address, piece)
+                    found.append((digest_of(key.encode()), sure))
+                    piece.release()
+            return found
+
+        with ThreadPoolExecutor(THREADS, "glake-infer engine weights") as threads:
+            groups = _groups([size for _, size, _ in spans], READ_BACK)
+            looked = list(itertools.chain.from_iterable(threads.map(look, groups)))
         if begin is not None:
-            for (address, size, _), chunk, sure in zip(spans, region.chunks, known, strict=True):
+            for (address, size, _), chunk, (_, sure) in zip(spans, region.chunks, looked, strict=True):
                 if sure:
                     region.parts[chunk] = self._plan.parts(begin + address - block.address, size, address)
-            for stretch in self._plan.stretches:
-                if begin <= stretch.offset < begin + block.size:
-                    region.files[stretch.file.path.name] = stretch.file
-                    place = stretch.offset - begin + block.shift - stretch.start
-                    block.objects.setdefault(stretch.file.digest, place)
-        return keys, known
+            for stretch in self._plan.within(begin, block.size):
+                region.files[stretch.file.path.name] = stretch.file
+                place = stretch.offset - begin + block.shift - stretch.start
+                block.objects.setdefault(stretch.file.digest, place)
+        return [key for key, _ in looked], [sure for _, sure in looked]
+
+    @contextlib.contextmanager
+    def _copied(self, address: int, size: int) -> Iterator[memoryview]:
+        """The bytes at an address of the device."""
+        device = self._weights._table._device
+        copy = device.keep([(address, size)])[0]
+        try:
+            with memoryview((ctypes.c_char * size).from_address(copy)).cast("B") as data:
+                yield data
+        finally:
+            device.forget(copy)
 
     def _share(self, block: _Block, keys: list[str]) -> int:
         """Map chunks that are there in the place of equal ones; returns the bytes of weights in them."""
@@ -499,6 +507,10 @@ class _PlanBytes:
         self.bytes = size
         self.stretches = sorted(stretches, key=lambda stretch: stretch.offset)
         self._offsets = [stretch.offset for stretch in self.stretches]
+
+    def within(self, offset: int, size: int) -> list[Stretch]:
+        """The stretches that have some of `size` bytes from `offset` on."""
+        return [s for s in self.stretches if s.offset < offset + size and s.offset + s.bytes > offset]
 
     def parts(self, offset: int, size: int, address: int) -> list[Part]:
         """What fills `size` bytes at `address` with those from `offset` on."""
