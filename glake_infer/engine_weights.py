@@ -110,6 +110,8 @@ class _Block:
     lead: int
     objects: dict[str, int] = field(default_factory=dict)
     """Of the plan's objects in it: where the first byte of each lies, from the region's begin."""
+    begin: int | None = None
+    """Where it begins in the plan; None: it was not found there."""
     holding: BlockHolding | None = None
 
     @property
@@ -145,11 +147,7 @@ class BlockHolding(Holding):
         if self.anchor:
             self._native.remove_user(self.anchor)
         for block in self.blocks:
-            region = block.region
-            for digest in list(region.entries):
-                table.bequeath(digest, region)
-            if not region.references:
-                table._remove(region)
+            table.end_region(block.region)
 
 
 class EngineWeights:
@@ -256,6 +254,7 @@ class Loading:
         self._plan = _PlanBytes(plan_bytes, stretches)
         self._user, self._evictable, self._priority, self._host_copy = user, evictable, priority, host_copy
         self._blocks: list[_Block] = []
+        self._compared: list[Holding] = []  # of the chunks that are shared, until they are entered
         self.holding: BlockHolding | None = None
         """The engine's weights, once it is loaded; None if it asked for no block."""
         self.report: SharingReport | None = None
@@ -346,11 +345,18 @@ class Loading:
             cuda.synchronize_all(cuda_index)
         with weights._settling:
             looked = [self._read_back(block) for block in self._blocks]
-            shared = sum(
-                self._share(block, keys) for block, (keys, _) in zip(self._blocks, looked, strict=True)
-            )
-            with table._locked():
-                self._enter(looked)
+            try:
+                shared = sum(
+                    self._share(block, keys) for block, (keys, _) in zip(self._blocks, looked, strict=True)
+                )
+                with table._locked():
+                    self._enter(looked)
+            finally:
+                for using in self._compared:
+                    using.close()
+                    with table._locked():
+                        for region in using.regions:
+                            table.leave_region(region)
         assert self.holding
         size = sum(block.size for block in self._blocks)
         self.report = SharingReport(
@@ -369,7 +375,7 @@ class Loading:
         """What each chunk holds, and whether the plan is known to hold the same; the region learns how to fill it."""
         region, spans = block.region, list(block.spans())
         with self._copied(block.address, min(SAMPLE, block.size)) as sample:
-            begin = self._plan.find(sample, block.size)
+            begin = block.begin = self._plan.find(sample, block.size)
 
         def look(group: tuple[int, int]) -> list[tuple[str, bool]]:
             first, last = group
@@ -425,6 +431,9 @@ class Loading:
             number = native.add_user(chunks, False, self._priority)
             using = Holding(table, native, number, self._user, {}, chunks, "store", self._priority)
             using.regions = frozenset(region for chunk in chunks for region in table._owners[chunk])
+            for owner in using.regions:
+                table.keep_region(owner)
+            self._compared.append(using)
         region = block.region
         sizes = [size for _, size, _ in block.spans()]
         mine = list(region.chunks)
@@ -443,7 +452,6 @@ class Loading:
             )
         finally:
             region.chunks = tuple(mine)
-            using.close()
         return shared
 
     def _enter(self, looked: list[tuple[list[str], list[bool]]]) -> None:
@@ -495,8 +503,11 @@ class Loading:
                 if other not in self._blocks
                 for digest in other.objects
             }
+        begin = block.begin or 0
         return sum(
-            s.bytes for s in self._plan.stretches if s.file.digest in others.intersection(block.objects)
+            min(stretch.offset + stretch.bytes, begin + block.size) - max(stretch.offset, begin)
+            for stretch in self._plan.within(begin, block.size)
+            if stretch.file.digest in others and stretch.file.digest in block.objects
         )
 
 

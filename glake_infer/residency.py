@@ -178,6 +178,8 @@ class Region:
     files: dict[str, File] = field(default_factory=dict)
     """Of an engine's block, whose chunks hold parts of objects: the objects' files, by their digests."""
     of_engine: bool = False
+    ended: bool = False
+    """The engine is gone. The region goes once nobody compares with its chunks."""
 
 
 @dataclass
@@ -701,19 +703,33 @@ class Residency:
         entry.users[user] = entry.users.get(user, 0) + 1
         entry.region.references += 1
 
-    def bequeath(self, digest: str, region: Region) -> None:
-        """Let another region that has an engine's chunk answer for it, where somebody still needs it. Under the lock."""
-        entry = self._entries[digest]
-        heirs = [each for each in self._owners[entry.chunks[0]] if each is not region]
-        if not entry.users or not heirs:
-            return
-        count = sum(entry.users.values())
-        entry.region.references -= count
-        entry.region = heirs[0]
-        entry.region.references += count
-        entry.address = heirs[0].starts[heirs[0].chunks.index(entry.chunks[0])]
-        region.entries.discard(digest)
-        heirs[0].entries.add(digest)
+    def keep_region(self, region: Region) -> None:
+        """Keep an engine's region until `leave_region`: its chunks are about to be used. Under the lock."""
+        region.references += 1
+
+    def leave_region(self, region: Region) -> None:
+        """The end of `keep_region`. Under the lock."""
+        region.references -= 1
+        if region.ended:
+            self.end_region(region)
+
+    def end_region(self, region: Region) -> None:
+        """An engine's block is given back: what others have of it is theirs from now on. Under the lock."""
+        region.ended = True
+        for digest in list(region.entries):
+            entry = self._entries[digest]
+            heirs = [each for each in self._owners[entry.chunks[0]] if each is not region and not each.ended]
+            if not entry.users or not heirs:
+                continue
+            count = sum(entry.users.values())
+            region.references -= count
+            entry.region = heirs[0]
+            entry.region.references += count
+            entry.address = heirs[0].starts[heirs[0].chunks.index(entry.chunks[0])]
+            region.entries.discard(digest)
+            heirs[0].entries.add(digest)
+        if not region.references:
+            self._remove(region)
 
     def _sweep(self) -> None:
         """Forget regions that nobody needs and that the pool has emptied."""
