@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -55,7 +56,7 @@ THREADS = 8
 """Bytes that a thread reads back at once, and how many do."""
 
 TELLING = 4 << 10
-"""Bytes of a stretch from which it says where its block should lie."""
+"""Bytes of an object from which it says where its block should lie."""
 
 TRAILER = 4
 """Bytes of a plan behind its weights (TensorRT-RTX 1.7): where they are looked for first."""
@@ -109,7 +110,7 @@ class _Block:
     grid: int
     lead: int
     objects: dict[str, int] = field(default_factory=dict)
-    """Of the plan's objects in it: where the first byte of each lies, from the region's begin."""
+    """Of the plan's objects: where the first byte of each lies, from the region's begin."""
     begin: int | None = None
     """Where it begins in the plan; None: it was not found there."""
     holding: BlockHolding | None = None
@@ -221,14 +222,14 @@ class EngineWeights:
         while grid * CHUNKS < size:
             grid *= 2
         votes: Counter[tuple[int, int]] = Counter()
-        inside = [s for s in plan.within(begin, size) if s.bytes >= TELLING]
+        inside = [s for s in plan.within(begin, size) if s.file.length >= TELLING and s.start == 0]
         with self._lock:
             for block in self._blocks.values():
                 for stretch in inside:
                     there = block.objects.get(stretch.file.digest)
                     if there is not None:
-                        place = there + stretch.start + block.lead - (stretch.offset - begin)
-                        votes[block.grid, place % block.grid] += stretch.bytes
+                        place = there + block.lead - (stretch.offset - begin)
+                        votes[block.grid, place % block.grid] += stretch.file.length
         for (theirs, shift), _ in votes.most_common():
             if shift % alignment == 0:
                 return theirs, shift
@@ -401,8 +402,8 @@ class Loading:
                     region.parts[chunk] = self._plan.parts(begin + address - block.address, size, address)
             for stretch in self._plan.within(begin, block.size):
                 region.files[stretch.file.path.name] = stretch.file
-                place = stretch.offset - begin + block.shift - stretch.start
-                block.objects.setdefault(stretch.file.digest, place)
+                if stretch.start == 0:
+                    block.objects.setdefault(stretch.file.digest, stretch.offset - begin + block.shift)
         return [key for key, _ in looked], [sure for _, sure in looked]
 
     @contextlib.contextmanager
@@ -526,7 +527,8 @@ class _PlanBytes:
     def parts(self, offset: int, size: int, address: int) -> list[Part]:
         """What fills `size` bytes at `address` with those from `offset` on."""
         found = []
-        for stretch in self.stretches[max(0, bisect.bisect_right(self._offsets, offset) - 1) :]:
+        for index in range(max(0, bisect.bisect_right(self._offsets, offset) - 1), len(self.stretches)):
+            stretch = self.stretches[index]
             if stretch.offset >= offset + size:
                 break
             begin, end = max(offset, stretch.offset), min(offset + size, stretch.offset + stretch.bytes)
@@ -560,9 +562,13 @@ class _PlanBytes:
     def _read(self, offset: int, size: int) -> bytes:
         """Fewer bytes where the plan, or one of its files, ends before."""
         pieces = []
-        for part in self.parts(offset, size, 0):
-            with contextlib.suppress(OSError), open(part.path, "rb") as file:  # noqa: PTH123
-                pieces.append(os.pread(file.fileno(), part.size, part.offset))
+        files: dict[Path, int] = {}
+        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+            for part in self.parts(offset, size, 0):
+                if part.path not in files:
+                    files[part.path] = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
+                    opened.callback(os.close, files[part.path])
+                pieces.append(os.pread(files[part.path], part.size, part.offset))
         return b"".join(pieces)
 
 
