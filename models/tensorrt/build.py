@@ -144,7 +144,7 @@ def build_plan(
     declared = {value.name: value for value in outputs}
     results = [network.get_output(index) for index in range(network.num_outputs)]
     return BuiltPlan(
-        plan=memoryview(built),
+        plan=memoryview(built).cast("B"),
         version=str(trt.__version__),
         capabilities=capabilities,
         inputs=values,
