@@ -171,8 +171,8 @@ class Engine(_Part):
     parts: tuple[Part | Woven, ...]
     objects: dict[Digest, Bytes]
     """Objects of the store that it needs beside the package's weights: digest -> bytes."""
-    deflated: dict[Digest, Bytes] = {}
-    """Those of `objects` that hold their bytes compressed (zlib): digest -> bytes as the parts count them."""
+    compressed: dict[Digest, Bytes] = {}
+    """Those of `objects` that hold their bytes compressed (xz): digest -> bytes as the parts count them."""
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     profiles: tuple[dict[str, Shapes], ...] = ()
@@ -196,7 +196,7 @@ class Engine(_Part):
     def check(self, weights: dict[str, int]) -> None:
         """Raise ValueError unless the parts cover the plan with objects that the package knows."""
         position = 0
-        sizes = {**weights, **self.objects, **self.deflated}
+        sizes = {**weights, **self.objects, **self.compressed}
         for part in self.parts:
             if part.offset != position:
                 raise ValueError(f"the parts of the plan leave a gap or overlap at byte {position}")
@@ -212,7 +212,7 @@ class Engine(_Part):
             raise ValueError(f"the parts of the plan have {position} bytes together, the plan {self.bytes}")
         if extra := self.objects.keys() - self.needed:
             raise ValueError(f"the object {sorted(extra)[0][:16]} is in no part of the plan")
-        if extra := self.deflated.keys() - self.objects.keys():
+        if extra := self.compressed.keys() - self.objects.keys():
             raise ValueError(f"the compressed object {sorted(extra)[0][:16]} is not listed")
         if self.weights_offset + self.weights_bytes > self.bytes:
             raise ValueError("the section of weights goes beyond the end of the plan")

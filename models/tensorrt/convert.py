@@ -98,7 +98,7 @@ def make_engine(
         digest=digest_of(built.plan),
         parts=tuple(made.parts),
         objects=made.objects,
-        deflated=made.deflated,
+        compressed=made.compressed,
         inputs=built.inputs,
         outputs=built.outputs,
         profiles=built.profiles,

@@ -8,9 +8,9 @@ object, compressed.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -35,6 +35,9 @@ MAXIMUM_CUT = 4 << 20
 CUT_MASK = np.uint64((1 << 11) - 1)
 """One of 2048 steps ends an object: 256 KiB on average."""
 
+PRESET = 1
+"""Of xz: a tenth of a second, and a hundredth of the size; more effort wins little."""
+
 HEADER = 4096
 """Leading bytes of a plan in which its table of sections lies."""
 
@@ -49,7 +52,7 @@ class Split:
     parts: list[Part | Woven] = field(default_factory=list)
     objects: dict[str, int] = field(default_factory=dict)
     """What the plan needs of the store beside weights."""
-    deflated: dict[str, int] = field(default_factory=dict)
+    compressed: dict[str, int] = field(default_factory=dict)
     section: tuple[int, int] = (0, 0)
     """Offset and bytes of the section of weights; no bytes where it is not known."""
     found: int = 0
@@ -86,8 +89,8 @@ def split(plan: Buffer, weights: Iterable[Weight], store: Store) -> Split:
     outside = bytes(data[:begin]) + bytes(data[begin + size :])
     parts: list[Part | Woven] = []
     if outside:
-        digest = _add(made, store, zlib.compress(outside, 6))
-        made.deflated[digest] = len(outside)
+        digest = _add(made, store, lzma.compress(outside, preset=PRESET))
+        made.compressed[digest] = len(outside)
         parts += _pieces(digest, [(0, begin, 0), (begin + size, len(data), begin)])
     for start, _, ends in cuts:
         position = start
@@ -223,7 +226,7 @@ class Plan:
             )
         self.package = package
         self.entry: Engine = engines[kind]
-        self._inflated: dict[str, bytes] = {}
+        self._unpacked: dict[str, bytes] = {}
 
     def to_bytes(self) -> bytes:
         """The whole plan, its digest checked."""
@@ -279,7 +282,7 @@ class Plan:
         made: list[Stretch] = []
         for part in self.entry.parts:
             if isinstance(part, Part):
-                if part.digest not in self.entry.deflated:
+                if part.digest not in self.entry.compressed:
                     made.append(Stretch(part.offset, part.bytes, files[part.digest], part.start))
                 continue
             position = part.offset
@@ -306,8 +309,8 @@ class Plan:
         target[:] = rows.reshape(-1)[begin : begin + len(target)].data
 
     def _copy(self, digest: str, start: int, target: memoryview, open_files: dict[str, int]) -> None:
-        if digest in self.entry.deflated:
-            target[:] = self._inflate(digest)[start : start + len(target)]
+        if digest in self.entry.compressed:
+            target[:] = self._unpack(digest)[start : start + len(target)]
             return
         try:
             if digest not in open_files:
@@ -323,19 +326,19 @@ class Plan:
         except OSError as error:
             raise self._unusable(digest, str(error.strerror)) from error
 
-    def _inflate(self, digest: str) -> bytes:
-        if digest not in self._inflated:
+    def _unpack(self, digest: str) -> bytes:
+        if digest not in self._unpacked:
             try:
                 packed = self.package.store.objects.path(digest).read_bytes()
-                data = zlib.decompress(packed)
+                data = lzma.LZMADecompressor().decompress(packed, max_length=self.entry.compressed[digest] + 1)
             except OSError as error:
                 raise self._unusable(digest, str(error.strerror)) from error
-            except zlib.error as error:
+            except (lzma.LZMAError, EOFError) as error:
                 raise self.package.damaged(digest) from error
-            if len(data) != self.entry.deflated[digest]:
+            if len(data) != self.entry.compressed[digest]:
                 raise self.package.damaged(digest)
-            self._inflated[digest] = data
-        return self._inflated[digest]
+            self._unpacked[digest] = data
+        return self._unpacked[digest]
 
     def _unusable(self, digest: str, why: str) -> PackageError:
         return self.package.unusable(digest, why)
