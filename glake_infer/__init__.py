@@ -18,6 +18,7 @@ _HOMES = {
     "DeviceNotFoundError": "allocators.errors",
     "DigestMismatchError": "allocators.errors",
     "DriverError": "allocators.errors",
+    "EngineOptions": "models.tensorrt.options",
     "EngineWeights": "engine_weights",
     "ForkedProcessError": "allocators.errors",
     "GlakeError": "allocators.errors",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from glake_infer.models.package import Package
     from glake_infer.models.runtime import Runtime
     from glake_infer.models.status import monitor
+    from glake_infer.models.tensorrt.options import EngineOptions
     from glake_infer.pool import Pool
     from glake_infer.store import Store
     from glake_infer.transfers.settings import TransferSettings, configure_transfers, transfer_settings
