@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines of packages, and what they need."""
