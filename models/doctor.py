@@ -102,7 +102,7 @@ class DoctorReport:
 def examine() -> DoctorReport:
     """Look at this machine. Writes nothing but a temporary folder at the store, which is removed again."""
     versions = {name: _version(name) for name in PACKAGES}
-    engines = find_tensorrt()
+    engines = tensorrt.find_installed()
     providers = _providers()
     gpus, gpu_note, driver = find_gpus()
     needs = tuple(
@@ -147,20 +147,9 @@ def examine() -> DoctorReport:
     )
 
 
-def find_tensorrt() -> tuple[Installed, ...]:
-    """What is installed of TensorRT and TensorRT-RTX, by whichever of its names; nothing is loaded."""
-    found = []
-    for kind in tensorrt.KINDS:
-        for name, cuda in tensorrt.distributions(kind):
-            if version := _version(name):
-                found.append(Installed(kind, version, cuda))
-                break
-    return tuple(found)
-
-
 def tensorrt_packages(engines: tuple[Installed, ...]) -> Iterator[PackageVersion]:
     """A line for each kind, installed or not."""
-    for kind in sorted(tensorrt.KINDS):
+    for kind in sorted(tensorrt.BEST_FIRST):
         found = next((one for one in engines if one.kind == kind), None)
         yield (
             PackageVersion(kind, found.version, f"for CUDA {found.cuda}")

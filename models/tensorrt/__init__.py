@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: engines of packages, and what they need."""
+"""TensorRT and TensorRT-RTX: engines built from ONNX models, kept in packages, and run on a pool."""

@@ -1,12 +1,13 @@
 """Which GPU needs which TensorRT, and the command that installs it.
 
-Tables and functions of them; nothing is imported, and nothing of this machine is asked but its processor and Python,
-where the caller does not say. The sources are NVIDIA's support matrices (TensorRT 11.4, TensorRT-RTX 1.7) and the package
-index, where TensorRT-RTX begins at 1.4.
+Tables and functions of them; no TensorRT is imported. The sources are NVIDIA's support matrices (TensorRT 11.4,
+TensorRT-RTX 1.7) and the package index, where TensorRT-RTX begins at 1.4.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import platform
 import sys
 from collections.abc import Iterable, Mapping
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["tensorrt", "tensorrt-rtx"]
+"""The name of the package on the index, of the extra, and of the engine in a manifest."""
 
-KINDS: tuple[Kind, ...] = ("tensorrt-rtx", "tensorrt")
+BEST_FIRST: tuple[Kind, ...] = ("tensorrt-rtx", "tensorrt")
 NAMES: Mapping[Kind, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 OLDEST: Mapping[Kind, tuple[int, int]] = {"tensorrt": (10, 9), "tensorrt-rtx": (1, 4)}
 """The oldest versions that engines run with: pyproject.toml's bounds."""
@@ -42,10 +44,21 @@ class Installed:
     version: str
     cuda: int = DEFAULT_CUDA
 
+    @property
+    def distribution(self) -> str:
+        """The name of the package that brings it."""
+        return f"{self.kind}-cu{self.cuda}"
 
-def distributions(kind: Kind) -> tuple[tuple[str, int], ...]:
-    """The names that it may be installed by, each with its CUDA: the suffix says more than the bare name."""
-    return ((f"{kind}-cu12", 12), (f"{kind}-cu13", 13), (kind, DEFAULT_CUDA))
+
+def find_installed() -> tuple[Installed, ...]:
+    """What is installed of both, by whichever of its names: the one with CUDA's version says more than the bare one."""
+    found = []
+    for kind in BEST_FIRST:
+        for name, cuda in ((f"{kind}-cu12", 12), (f"{kind}-cu13", 13), (kind, DEFAULT_CUDA)):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.append(Installed(kind, importlib.metadata.version(name), cuda))
+                break
+    return tuple(found)
 
 
 def kinds_for(capability: str) -> tuple[Kind, ...]:
@@ -55,7 +68,7 @@ def kinds_for(capability: str) -> tuple[Kind, ...]:
     the build.
     """
     if capability in RTX_SERVES:
-        return ("tensorrt-rtx", "tensorrt")
+        return BEST_FIRST
     return ("tensorrt",) if _numbers(capability) >= FIRST_SERVED else ()
 
 

@@ -1,11 +1,14 @@
 """Which GPU needs which TensorRT, and what to run to have it."""
 
+import importlib.metadata
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from glake_infer.models.tensorrt import packages
+from glake_infer.allocators.errors import MissingDependencyError
+from glake_infer.models import doctor
+from glake_infer.models.tensorrt import library, packages
 from glake_infer.models.tensorrt.packages import Installed
 
 
@@ -72,6 +75,92 @@ def test_the_better_one_of_two_that_are_installed_is_used():
     # the driver is too old for the one, so the other has to do
     assert packages.need("cuda:0", "8.6", both, "12.8").uses == "TensorRT 10.16.1.11"
     assert "12.1 (1.5 is the first" in packages.misfit(Installed("tensorrt-rtx", "1.4.0.76"), "12.1")
+
+
+def test_what_is_installed_is_found_by_each_of_its_names(monkeypatch):
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(packages.importlib.metadata, "version", version)
+    versions = {"tensorrt-cu12": "10.16.1.11", "tensorrt-rtx": "1.7.1.116", "tensorrt-rtx-cu13": "1.7.1.116"}
+    assert packages.find_installed() == (
+        Installed("tensorrt-rtx", "1.7.1.116"),
+        Installed("tensorrt", "10.16.1.11", 12),
+    )
+    assert [found.distribution for found in packages.find_installed()] == [
+        "tensorrt-rtx-cu13",
+        "tensorrt-cu12",
+    ]
+    versions = {}
+    assert packages.find_installed() == ()
+
+
+def gpu(capability):
+    return (doctor.Gpu(0, "a GPU", 24 << 30, capability, True),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "driver", "told"),
+    [
+        (
+            "tensorrt-rtx",
+            (),
+            None,
+            "pip install 'glake-infer[tensorrt-rtx]' (it builds engines without a GPU)",
+        ),
+        (
+            "tensorrt",
+            (),
+            None,
+            "no GPU, which it needs to build; TensorRT-RTX does not: pip install 'glake-infer[tens",
+        ),
+        (
+            "tensorrt-rtx",
+            gpu("8.6"),
+            "13.0",
+            "'glake-infer[tensorrt-rtx]' (for this machine's GPU of compute capability 8",
+        ),
+        ("tensorrt-rtx", gpu("8.9"), "12.8", "Install it: pip install 'tensorrt-rtx-cu12>=1.4' (for this"),
+        (
+            "tensorrt-rtx",
+            gpu("9.0"),
+            "13.0",
+            "9.0, for which the engine is TensorRT: pip install 'glake-infer[tensorrt]'",
+        ),
+        ("tensorrt", gpu("7.0"), "12.8", "7.0, for which the engine is none"),
+        (
+            "tensorrt",
+            gpu("9.0"),
+            "11.8",
+            "needs a driver for CUDA 12, and this one serves 11.8: update it; then pip inst",
+        ),
+    ],
+)
+def test_a_missing_tensorrt_is_told_with_the_command_for_this_machine(monkeypatch, kind, gpus, driver, told):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, "", driver))
+    monkeypatch.setattr(packages, "find_installed", lambda: ())
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(library.importlib, "import_module", broken)
+    with pytest.raises(MissingDependencyError) as caught:
+        library.module(kind)
+    assert told in str(caught.value)
+    assert isinstance(caught.value.__cause__, ImportError)
+
+
+def test_one_that_cannot_be_imported_is_installed_again(monkeypatch):
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpu("8.6"), "", "13.0"))
+    monkeypatch.setattr(packages, "find_installed", lambda: (Installed("tensorrt-rtx", "1.7.1.116"),))
+    monkeypatch.setattr(library.importlib, "import_module", broken)
+    with pytest.raises(
+        MissingDependencyError, match=r"libtensorrt.so.1: no such file.*--force-reinstall tensorrt-rtx-cu13"
+    ):
+        library.module("tensorrt-rtx")
+
+
+def broken(name):
+    raise ImportError("libtensorrt.so.1: no such file")
 
 
 def test_the_bounds_are_those_of_the_extras():
