@@ -49,7 +49,9 @@ from glake_infer.models.overlap import weights_may_come_later
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
+from glake_infer.models.session_model import SessionModel
 from glake_infer.models.status import monitor_if_asked
+from glake_infer.models.streams import give_stream_back, take_stream
 from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import Wanted
@@ -183,7 +185,7 @@ def load(
     store = store or Store()
     with store.using():
         package = Package(Path(path), store)
-        model = Model(package, place, sharing, host_copy, maps=maps_weights(place))
+        model = SessionModel(package, place, sharing, host_copy, maps=maps_weights(place))
         model._offload, model._headroom = parsed, headroom_for(place.limit, headroom)
         model._priority = priority
         package.check_present()
@@ -191,7 +193,7 @@ def load(
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
 
-            def make_session(owner: Model, prepared: Prepared = prepared) -> None:
+            def make_session(owner: SessionModel, prepared: Prepared = prepared) -> None:
                 made = options()
                 if configure:
                     configure(made)
@@ -223,7 +225,7 @@ def _variant(package: Package, pool: Pool, sharing: Sharing) -> str:
 
 
 def _prepared(
-    model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
+    model: SessionModel, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
 ) -> Prepared:
     """The prepared graph; where this machine cannot keep one, and on a GPU, the package's own."""
     package = model.package
@@ -318,7 +320,7 @@ def captures_graphs(providers: list[Any]) -> bool:
 
 
 def _build_session(
-    model: Model,
+    model: SessionModel,
     prepared: Prepared,
     options: ort.SessionOptions,
     providers: list[Any],
@@ -354,7 +356,7 @@ def _build_session(
             model._captures = captures_graphs(providers)
             own_stream = streams == "one" and not model._captures and not _names_a_stream(providers)
             if pool.device != "cpu" and own_stream:
-                stream = _take_stream(gpu_index(pool.device))
+                stream = take_stream(gpu_index(pool.device))
                 providers = _with_stream(providers, stream)
             before = _Before(pool, model._label)
             objects = model.package.store.prepared_objects
@@ -377,7 +379,7 @@ def _build_session(
         session = None
         holding.close()
         if stream:
-            _give_stream_back(gpu_index(pool.device), stream)
+            give_stream_back(gpu_index(pool.device), stream)
         if isinstance(error, OutOfMemoryError) and not error.refusal:  # a broker's figures are not the pool's
             raise _with_session(error, own, _hint(model, prepared, wanted)) from error
         raise
@@ -390,17 +392,17 @@ def _build_session(
     if pool.device != "cpu":
         model._libraries = before.libraries()
         model._copied = tuple(before.second_copies(prepared))
-    model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
-    model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
-    model._names = [value.name for value in model._outputs]
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
     optional = model.session.get_overridable_initializers()
-    model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
-    model._known = {value.name: value for value in (*model._inputs, *model._optional, *model._outputs)}
+    model._describe(
+        [value_of_argument(argument) for argument in session.get_inputs()],
+        [value_of_argument(argument) for argument in session.get_outputs()],
+        [value_of_argument(argument) for argument in optional if argument.name not in weights],
+    )
     model._foreign = any(value.dtype in FOREIGN for value in (*model._inputs, *model._outputs))
 
 
-def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
+def _wanted(model: SessionModel, prepared: Prepared) -> list[Wanted]:
     store = model.package.store
     shares = model._residency.share is not None
     found = hints(model.package, (w.digest for w in prepared.weights)) if shares or not model._maps else {}
@@ -416,7 +418,7 @@ def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
     return wanted
 
 
-def _offloaded(model: Model, prepared: Prepared, wanted: list[Wanted]) -> list[Wanted]:
+def _offloaded(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> list[Wanted]:
     """The weights, on the host those that go there; decided once per model. Raises InputError with a broker."""
     if model._on_host is None:
         model._on_host = frozenset()
@@ -436,7 +438,9 @@ def _offloaded(model: Model, prepared: Prepared, wanted: list[Wanted]) -> list[W
     return placed_on_host(wanted, model._on_host)
 
 
-def _choose(model: Model, prepared: Prepared, wanted: list[Wanted], offload: Literal["auto"] | int) -> Choice:
+def _choose(
+    model: SessionModel, prepared: Prepared, wanted: list[Wanted], offload: Literal["auto"] | int
+) -> Choice:
     names: dict[str, list[str]] = {}
     for weight in prepared.weights:
         names.setdefault(weight.digest, []).append(weight.name)
@@ -444,7 +448,7 @@ def _choose(model: Model, prepared: Prepared, wanted: list[Wanted], offload: Lit
     return choose(model._residency, wanted, names, reads, offload, model._headroom)
 
 
-def _hint(model: Model, prepared: Prepared, wanted: list[Wanted]) -> str:
+def _hint(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> str:
     """What to say of offload="auto" where a load without it found no room: if it would do."""
     residency = model._residency
     if model._offload != "none" or model._maps or residency.share or not residency.offloads:
@@ -457,7 +461,7 @@ def _hint(model: Model, prepared: Prepared, wanted: list[Wanted]) -> str:
     return f"Or load it with offload='auto', which {far}: runs are slower."
 
 
-def _lookups(model: Model, prepared: Prepared, wanted: list[Wanted]) -> int:
+def _lookups(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> int:
     """Bytes on the host of tables, of which a run reads some rows."""
     there = model._residency.placed(item.digest for item in wanted)
     if not any(there.values()):
@@ -472,22 +476,7 @@ def _lookups(model: Model, prepared: Prepared, wanted: list[Wanted]) -> int:
 def _session_ended(holding: Holding, device: str, stream: int) -> None:
     holding.close(wait=False)
     if stream:
-        _give_stream_back(gpu_index(device), stream)
-
-
-_streams: dict[int, list[int]] = {}
-"""Streams of sessions that are gone, by GPU, for the next ones: a session may still end while its stream is free."""
-
-
-def _take_stream(index: int) -> int:
-    try:
-        return _streams[index].pop()
-    except (KeyError, IndexError):
-        return cuda.new_stream(index)
-
-
-def _give_stream_back(index: int, stream: int) -> None:
-    _streams.setdefault(index, []).append(stream)
+        give_stream_back(gpu_index(device), stream)
 
 
 def lower_workspaces(index: int) -> None:
