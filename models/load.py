@@ -27,7 +27,6 @@ from glake_infer.allocators.errors import (
 )
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
-from glake_infer.allocators.snapshot import Range
 from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.mapped_files import Span, mappings_of
@@ -49,9 +48,13 @@ from glake_infer.models.overlap import weights_may_come_later
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
+from glake_infer.models.session_memory import Before
 from glake_infer.models.session_model import SessionModel
 from glake_infer.models.status import monitor_if_asked
 from glake_infer.models.streams import give_stream_back, take_stream
+from glake_infer.models.tensorrt.graphs import CudaGraph
+from glake_infer.models.tensorrt.library import Kind
+from glake_infer.models.tensorrt.load import EngineSettings, engine_for, load_engine
 from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import Wanted
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
 
 Optimization = Literal["all", "extended", "basic", "disable"]
 Streams = Literal["one", "per run"]
+EngineChoice = Literal["auto", "onnxruntime"] | Kind
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
@@ -91,6 +95,9 @@ def load(
     headroom: int | str | None = None,
     priority: int = 0,
     progress: Progress | None = None,
+    engine: EngineChoice = "auto",
+    concurrency: int = 1,
+    cuda_graph: CudaGraph = "auto",
 ) -> Model:
     """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
@@ -140,14 +147,40 @@ def load(
         Of loads that go on at the same time, those of higher priority have the links first. It becomes `Model.priority`.
     progress
         Called with the bytes of weights that are on the GPU, and all that have to go there; in any thread.
+    engine
+        "auto": on a GPU the package's TensorRT engine, where it has one (`gi.convert(..., engine=)`), else its graph with
+        ONNX Runtime, as on the CPU; "onnxruntime": the graph; "tensorrt-rtx" or "tensorrt": that engine. An engine that
+        was built for another GPU, or by another version, is an error. For engines `offload` is about weights that
+        TensorRT streams while it runs (`--streaming` at conversion); what is ONNX Runtime's matter (`sharing`,
+        `optimization`, `threads`, `configure`, `provider_options`, `streams`) is not used, and `progress` is not called.
+    concurrency
+        Of an engine: how many runs may go on at the same time; others wait. Each has a context and a stream, and leases
+        scratch memory from the pool while it runs.
+    cuda_graph
+        Of an engine: whether runs of equal shapes are captured into a CUDA graph, from the second one on. "auto": where
+        it needs at most 64 MiB of scratch memory, which a graph keeps, as it does inputs and outputs, until the model is
+        suspended.
 
     The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
     models); later ones, in any process, map the result. On CUDA every weight's bytes are checked and copied to the
     GPU, unless another model has it there. Raises InputError (a wrong argument, or offload with a broker), PackageError,
     DigestMismatchError (naming every package that a changed object hurts), OutOfMemoryError (saying what limit would do,
     and offload="auto" if that would), DriverError (the GPU failed; or, offloading, the host has no memory left, or the GPU
-    cannot map it), MissingDependencyError (no ONNX Runtime, or none for CUDA); nothing stays loaded after an error.
+    cannot map it), MissingDependencyError (no ONNX Runtime, none for CUDA, or no TensorRT for the engine); nothing stays loaded
+    after an error.
     """
+    settings = EngineSettings(
+        concurrency=concurrency, cuda_graph=cuda_graph, host_copy=host_copy, offload=offload, headroom=headroom,
+        priority=priority,
+    )  # fmt: skip
+    store = store or Store()
+    on = pool.device if pool is not None else parse_device(device or "cpu")
+    if engine != "onnxruntime" and (engine, on) != ("auto", "cpu"):
+        place = _pool_for(pool, device)
+        with store.using():
+            found = Package(Path(path), store)
+            if (kind := engine_for(found, place, engine)) is not None:
+                return load_engine(found, place, kind, settings)
     runtime = import_onnxruntime()
     monitor_if_asked()
     if sharing not in ("fast", "lean"):
@@ -161,8 +194,6 @@ def load(
     if optimization not in levels:
         raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
 
-    if host_copy not in ("store", "pinned"):
-        raise InputError(f"host_copy={host_copy!r}: expected 'store' or 'pinned'.")
     if streams not in ("one", "per run"):
         raise InputError(f"streams={streams!r}: expected 'one' or 'per run'.")
     parsed = parse_offload(offload)
@@ -182,7 +213,6 @@ def load(
             made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
         return made
 
-    store = store or Store()
     with store.using():
         package = Package(Path(path), store)
         model = SessionModel(package, place, sharing, host_copy, maps=maps_weights(place))
@@ -358,7 +388,7 @@ def _build_session(
             if pool.device != "cpu" and own_stream:
                 stream = take_stream(gpu_index(pool.device))
                 providers = _with_stream(providers, stream)
-            before = _Before(pool, model._label)
+            before = Before(pool, model._label)
             objects = model.package.store.prepared_objects
             paths = [objects.path(w.digest) for w in prepared.weights if not w.injected]
             mapped: set[Span] = set()
@@ -506,52 +536,6 @@ def _with_stream(providers: list[Any], stream: int) -> list[Any]:
     ]
 
 
-class _Before:
-    """What the pool and the GPU hold before a session is built, to tell what it takes."""
-
-    def __init__(self, pool: Pool, label: str) -> None:
-        self._pool = pool
-        self._label = label
-        stats = pool.stats()
-        self.active = stats.active
-        self._reserved = stats.reserved
-        self._free = 0 if pool.device == "cpu" else cuda.free_memory(gpu_index(pool.device))
-        self._weights = self._own_weights()
-        self._known = {held.address for held in self._ranges()} if self._free else set()
-
-    def _ranges(self) -> list[Range]:
-        segments = self._pool.snapshot().segments
-        return [r for s in segments for r in s.ranges if r.state == "active" and r.tag == "weights"]
-
-    def libraries(self) -> int:
-        """Bytes of the GPU that are gone, and not in the pool."""
-        gone = self._free - cuda.free_memory(gpu_index(self._pool.device))
-        return max(0, gone - (self._pool.stats().reserved - self._reserved))
-
-    def _own_weights(self) -> int:
-        return sum(h.bytes for h in self._pool.holders() if (h.label, h.tag) == (self._label, "weights"))
-
-    def second_copies(self, prepared: Prepared) -> list[str]:
-        """Notes on weights that ONNX Runtime put into the pool although it was given all that are large."""
-        grown = self._own_weights() - self._weights
-        if grown < SECOND_COPIES:
-            return []
-        mine = [r for r in self._ranges() if r.label == self._label and r.address not in self._known]
-        sizes = sorted((held.requested for held in mine), reverse=True)
-        names: dict[int, list[str]] = {}
-        for weight in prepared.weights:
-            names.setdefault(weight.length, []).append(weight.name)
-        told = [
-            f"{format_bytes(size)}" + (f" (as large as {names[size].pop(0)!r})" if names.get(size) else "")
-            for size in sizes[:5]
-        ]
-        return [
-            f"ONNX Runtime holds {format_bytes(grown)} of weights of its own for this session: {', '.join(told)}. It "
-            "derived them from shared ones while it optimized the graph at the load (folded, fused, or moved for a node "
-            "that runs elsewhere), or they are below 1 KiB. optimization='basic' keeps it from most of that."
-        ]
-
-
 def _stop_spinning(options: ort.SessionOptions) -> None:
     """Let a session's threads for nodes on the CPU sleep when they have no work, unless `configure` has said otherwise.
 
@@ -562,10 +546,6 @@ def _stop_spinning(options: ort.SessionOptions) -> None:
             options.get_session_config_entry(name)
         except Exception:  # ONNX Runtime's way to say that there is none
             options.add_session_config_entry(name, "0")
-
-
-SECOND_COPIES = 1 << 20
-"""Bytes of weights of a session's own that are worth a note."""
 
 
 def _injected(prepared: Prepared, addresses: Mapping[str, int]) -> list[Initializer]:

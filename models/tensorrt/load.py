@@ -26,6 +26,7 @@ from glake_infer.models.tensorrt.graphs import CudaGraph
 from glake_infer.models.tensorrt.interface import Interface
 from glake_infer.models.tensorrt.jit_cache import JitCache
 from glake_infer.models.tensorrt.library import Kind
+from glake_infer.models.tensorrt.packages import kinds_for
 from glake_infer.models.tensorrt.plan import Plan
 from glake_infer.models.tensorrt.reader import make_reader
 from glake_infer.models.tensorrt.runtimes import EngineRuntime
@@ -88,8 +89,8 @@ def engine_for(package: Package, pool: Pool, asked: str) -> Kind | None:
     fitting = [
         kind for kind, entry in engines.items() if here in entry.capabilities and library.installed(kind)
     ]
-    best = library.kind_for(here)
-    return best if best in fitting or not fitting else fitting[0]
+    best = kinds_for(here)
+    return min(fitting or engines, key=lambda kind: best.index(kind) if kind in best else len(best))
 
 
 def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettings) -> EngineModel:
