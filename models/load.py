@@ -166,8 +166,8 @@ def load(
     GPU, unless another model has it there. Raises InputError (a wrong argument, or offload with a broker), PackageError,
     DigestMismatchError (naming every package that a changed object hurts), OutOfMemoryError (saying what limit would do,
     and offload="auto" if that would), DriverError (the GPU failed; or, offloading, the host has no memory left, or the GPU
-    cannot map it), MissingDependencyError (no ONNX Runtime, none for CUDA, or no TensorRT for the engine); nothing stays loaded
-    after an error.
+    cannot map it), MissingDependencyError (no ONNX Runtime, none for CUDA, or no TensorRT for the engine); nothing stays
+    loaded after an error.
     """
     settings = EngineSettings(
         concurrency=concurrency, cuda_graph=cuda_graph, host_copy=host_copy, offload=offload, headroom=headroom,

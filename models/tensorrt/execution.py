@@ -426,7 +426,7 @@ def _output_allocator(trt: ModuleType) -> Any:
                     self.open[tensor_name] = (self.run.take(int(size), OUTPUTS), max(int(size), 1))
                 return self.open[tensor_name][0]
             except BaseException as error:  # nothing may be raised into TensorRT
-                self.error = error
+                self.error = error.with_traceback(None)
                 return 0
 
         def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:

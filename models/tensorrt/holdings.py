@@ -110,7 +110,9 @@ class OwnWeights:
 
     def close(self, *, wait: bool = True) -> None:
         """Nothing more is used."""
+        del wait
         self.closed = True
+        self._wake = self._sleep = lambda: None  # theirs hold the engine
 
 
 def streamed(engine: Any, budget: int, before: Callable[[], None]) -> OwnWeights:

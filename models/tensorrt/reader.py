@@ -51,7 +51,7 @@ def _reader_class(trt: ModuleType) -> Any:
                 self._position += len(data)
                 return data
             except BaseException as error:
-                self.error = error
+                self.error = error.with_traceback(None)  # it would keep this, and who called TensorRT
                 return b""
 
         def seek(self, offset: int, where: Any) -> bool:
