@@ -119,6 +119,15 @@ class OutOfMemoryError(GlakeError, MemoryError):
             f"{format_bytes(device_free)} free. {remedy}{' ' if hint else ''}{hint}"
         )
 
+    @classmethod
+    def told(cls, message: str, requested: int = 0) -> OutOfMemoryError:
+        """Make the error for memory that a library lacked outside a pool: its words are all that is known."""
+        error = cls(
+            requested=requested, active=0, idle=0, reserved=0, limit=0, needed_limit=0, device_free=0, holders=()
+        )
+        error.args = (message,)
+        return error
+
     def __reduce__(self) -> tuple[object, ...]:
         """Support pickling (an error that crosses processes) in spite of the keyword arguments."""
         names = (
@@ -126,7 +135,7 @@ class OutOfMemoryError(GlakeError, MemoryError):
             "device_full", "refusal", "hint",
         )  # fmt: skip
         again = partial(type(self), **{name: getattr(self, name) for name in names})
-        return again, (), {"sequence": self.sequence, "thread": self.thread}
+        return again, (), {"sequence": self.sequence, "thread": self.thread, "args": self.args}
 
 
 class DriverError(GlakeError):

@@ -30,6 +30,16 @@ def synchronize(index: int, stream: int) -> None:
         _check("cuStreamSynchronize", driver.cuStreamSynchronize(stream), f"waiting for stream {stream:#x}")
 
 
+def synchronize_all(index: int) -> None:
+    """Wait on the host until all work queued so far on GPU `index`, on any stream, is done.
+
+    Raises DriverError, as `synchronize` does. A capture that goes on meanwhile may break.
+    """
+    driver = _driver()
+    with _context(index):
+        _check("cuCtxSynchronize", driver.cuCtxSynchronize(), f"waiting for cuda:{index}")
+
+
 def copy_to_host(index: int, address: int, target: np.ndarray[Any, Any]) -> None:
     """Fill the C-contiguous array `target` with the bytes at `address` on GPU `index`; waits for the copy."""
     if target.nbytes:

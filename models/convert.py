@@ -45,6 +45,9 @@ from glake_infer.models.manifest import (
 from glake_infer.models.package import check_target, default_target, write_package
 from glake_infer.models.progress import Progress
 from glake_infer.models.source import MAXIMUM_PROTOBUF, ModelSource, SourceModel, check_operators
+from glake_infer.models.tensorrt.build import check_options
+from glake_infer.models.tensorrt.convert import EngineReport, kept_engines, make_engine, options_of
+from glake_infer.models.tensorrt.options import EngineOptions
 from glake_infer.models.values import value_of_proto
 from glake_infer.store import Store
 from glake_infer.version import __version__
@@ -92,21 +95,30 @@ class ConvertReport:
     runs: int
     notes: tuple[str, ...]
     seconds: float
+    engines: tuple[EngineReport, ...] = ()
+    """Those that were built."""
+    kept_engines: tuple[str, ...] = ()
+    """Kinds of those that the package had before and keeps, as the model is the same."""
 
 
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str] | None = None,
     *,
+    engine: str | EngineOptions | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert the ONNX model `source` into the package `target` (default: beside it, `.glake`).
 
+    engine: also build a TensorRT engine, "tensorrt-rtx" or "tensorrt", or `EngineOptions` for more than the usual (profiles
+        for inputs of dynamic shape, which engine and cards). An engine that the package had is kept where the model is the same.
+
     Weights of 1 KiB and more are streamed to the store, so memory grows with the graph and not with
     external data; only where something can be fused for CUDA are they all in memory for a while (models/fuse.py).
-    Raises ModelError (what is wrong with the model), InputError (the target is something else),
-    StorageFullError or StoreError; after any of them the target is as it was before, and at most complete
+    Raises ModelError (what is wrong with the model, or what TensorRT does not support of it), InputError (the target is
+    something else, inputs that lack a profile), StorageFullError or StoreError; for an engine also MissingDependencyError,
+    DeviceNotFoundError and OutOfMemoryError; after any of them the target is as it was before, and at most complete
     objects, which the next gc removes, were added to the store. Safe to call from several threads and processes,
     on the same model too.
     """
@@ -114,16 +126,24 @@ def convert(
     store = store or Store()
     with SourceModel(source) as opened:
         place = Path(target) if target is not None else default_target(source)
-        return convert_source(opened, place, store=store, progress=progress)
+        return convert_source(opened, place, engine=engine, store=store, progress=progress)
 
 
 def convert_source(
-    opened: ModelSource, target: Path, *, store: Store, progress: Progress | None = None
+    opened: ModelSource,
+    target: Path,
+    *,
+    engine: str | EngineOptions | None = None,
+    store: Store,
+    progress: Progress | None = None,
 ) -> ConvertReport:
     """Convert a model that is open already; see `convert`, whose file this need not be."""
     start = time.perf_counter()
     source = opened.path
     check_target(target)
+    options = options_of(engine)
+    if options is not None:
+        check_options(options)
     opened.model = without_weighty_functions(opened.model)
     model, notes = opened.model, []
     check_operators(model, source)
@@ -166,6 +186,18 @@ def convert_source(
             file = "graph.onnx" if name == "onnx" else f"graph.{name}.onnx"
             files[file] = data
             variants[name] = Variant(graph=file, digest=digest_of(data), purpose=VARIANTS[name])
+        engines, dropped = kept_engines(
+            _manifest_at(target), variants["onnx"].digest, weights, options.kind if options else None, store
+        )
+        kept = tuple(engines)
+        notes += dropped
+        built: tuple[EngineReport, ...] = ()
+        if options is not None:
+            made, report = make_engine(
+                graphs["onnx"], weights, inputs, outputs, options, name=str(source), store=store, progress=progress
+            )
+            engines[options.kind], built = made, (report,)
+            notes += made.notes
         manifest = Manifest(
             producer=f"glake-infer {__version__}",
             source=Source(name=source.name, digest=opened.digest),
@@ -174,10 +206,12 @@ def convert_source(
             variants=variants,
             weights=tuple(weights),
             runs=cut_runs(weights, store, target, {given}),
+            engines=engines,
             notes=tuple(notes),
         )
         write_package(store, target, manifest, files)
-    distinct, needed = manifest.distinct_of("onnx"), sum(manifest.distinct.values())
+    distinct = manifest.distinct_of("onnx")
+    needed = sum({weight.digest: weight.bytes for weight in weights}.values())
     return ConvertReport(
         source=str(source),
         package=str(target),
@@ -196,7 +230,16 @@ def convert_source(
         runs=len(manifest.runs),
         notes=tuple(notes),
         seconds=time.perf_counter() - start,
+        engines=built,
+        kept_engines=kept,
     )
+
+
+def _manifest_at(target: Path) -> Manifest | None:
+    """The manifest of the package that is to be replaced, where there is a sound one."""
+    with contextlib.suppress(PackageError, OSError):
+        return read_manifest(target)
+    return None
 
 
 def without_weighty_functions(model: ModelProto) -> ModelProto:

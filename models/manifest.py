@@ -1,4 +1,4 @@
-"""The manifest of a package (`manifest.json`), version 2. The specification is docs/package-format.md."""
+"""The manifest of a package (`manifest.json`), version 3. The specification is docs/package-format.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from glake_infer.allocators.errors import PackageError, UnsupportedVersionError
 from glake_infer.digest import DIGEST_LENGTH, digest_of
+from glake_infer.models.tensorrt.library import Kind
 from glake_infer.store import MANIFEST
 
 FORMAT = "glake-infer package"
-VERSION = 2
+VERSION = 3
 MAXIMUM_BYTES = 256 << 20
 """A manifest above this is refused unread."""
 
@@ -98,11 +99,130 @@ class Run(_Part):
     """Digest of the weights' digests (their 64 characters each): equal runs are equal bytes."""
 
 
+class Part(_Part):
+    """Consecutive bytes of a plan, which are those of one object from `start` on."""
+
+    offset: Index
+    """Where they begin in the plan."""
+    bytes: Annotated[int, Field(ge=1)]
+    digest: Digest
+    start: Index = 0
+
+    def demands(self) -> tuple[tuple[str, int], ...]:
+        """(digest, bytes that the object has at least)."""
+        return ((self.digest, self.start + self.bytes),)
+
+
+class Strand(_Part):
+    """What one object gives to each row of woven bytes: the next `bytes` of it, the first from `start` on."""
+
+    digest: Digest
+    bytes: Annotated[int, Field(ge=1)]
+    start: Index = 0
+
+
+class Woven(_Part):
+    """Consecutive bytes of a plan, row by row: in each row the strands follow one another.
+
+    TensorRT puts matrices that have the same input side by side into one (query, key and value of attention).
+    """
+
+    offset: Index
+    bytes: Annotated[int, Field(ge=1)]
+    strands: Annotated[tuple[Strand, ...], Field(min_length=1)]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return sum(strand.bytes for strand in self.strands)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return self.bytes // self.width
+
+    def demands(self) -> tuple[tuple[str, int], ...]:
+        """(digest, bytes that the object has at least) of each strand."""
+        return tuple((s.digest, s.start + self.rows * s.bytes) for s in self.strands)
+
+
+class Shapes(_Part):
+    """The shapes of an input for which a profile optimizes; of a shape tensor, its values."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+class Engine(_Part):
+    """A TensorRT engine: its plan, cut into parts of objects in the store, and for what it was built.
+
+    `parts` cover the plan in order, without gaps. A part of a weight names the same object that the graphs use.
+    """
+
+    kind: Kind
+    version: str
+    """TensorRT's, as its package has it ("1.7.1.116"): the one that built it."""
+    capabilities: tuple[str, ...]
+    """Compute capabilities of the GPUs that it was built for ("8.6")."""
+    bytes: Annotated[int, Field(ge=1)]
+    digest: Digest
+    """Of the whole plan."""
+    parts: tuple[Part | Woven, ...]
+    objects: dict[Digest, Bytes]
+    """Objects of the store that it needs beside the package's weights: digest -> bytes."""
+    compressed: dict[Digest, Bytes] = {}
+    """Those of `objects` that hold their bytes compressed (xz): digest -> bytes as the parts count them."""
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    profiles: tuple[dict[str, Shapes], ...] = ()
+    """Each names every input of dynamic shape; empty where all shapes are static."""
+    weights_offset: Index = 0
+    """Where the section of the plan begins that becomes the engine's block of weights."""
+    weights_bytes: Bytes = 0
+    """Bytes of it; 0 where it is not known."""
+    aligned: Bytes = 0
+    """`weights_bytes` was made a multiple of this, so that trunks of fine-tunes lie alike; 0: of nothing."""
+    streaming: bool = False
+    """Whether weights can be streamed from host memory (WEIGHT_STREAMING)."""
+    notes: tuple[str, ...] = ()
+    """What was done to the model for it, for people."""
+
+    @property
+    def needed(self) -> set[str]:
+        """Digests of every object that the plan is made of."""
+        return {digest for part in self.parts for digest, _ in part.demands()}
+
+    def check(self, weights: dict[str, int]) -> None:
+        """Raise ValueError unless the parts cover the plan with objects that the package knows."""
+        position = 0
+        sizes = {**weights, **self.objects, **self.compressed}
+        for part in self.parts:
+            if part.offset != position:
+                raise ValueError(f"the parts of the plan leave a gap or overlap at byte {position}")
+            position += part.bytes
+            if isinstance(part, Woven) and part.bytes % part.width:
+                raise ValueError(f"the woven bytes at {part.offset} of the plan end within a row")
+            for digest, end in part.demands():
+                if digest not in sizes:
+                    raise ValueError(f"a part of the plan names the object {digest[:16]}, which is not listed")
+                if end > sizes[digest]:
+                    raise ValueError(f"a part of the plan goes beyond the end of its object {digest[:16]}")
+        if position != self.bytes:
+            raise ValueError(f"the parts of the plan have {position} bytes together, the plan {self.bytes}")
+        if extra := self.objects.keys() - self.needed:
+            raise ValueError(f"the object {sorted(extra)[0][:16]} is in no part of the plan")
+        if extra := self.compressed.keys() - self.objects.keys():
+            raise ValueError(f"the compressed object {sorted(extra)[0][:16]} is not listed")
+        if self.weights_offset + self.weights_bytes > self.bytes:
+            raise ValueError("the section of weights goes beyond the end of the plan")
+
+
 class Manifest(_Part):
     """A package's table of contents."""
 
     format: Literal["glake-infer package"] = "glake-infer package"
-    version: Literal[1, 2] = 2
+    version: Literal[1, 2, 3] = 3
     producer: str
     source: Source
     inputs: tuple[Value, ...]
@@ -110,6 +230,8 @@ class Manifest(_Part):
     variants: dict[str, Variant]
     weights: tuple[Weight, ...]
     runs: tuple[Run, ...]
+    engines: dict[Kind, Engine] = {}
+    """TensorRT engines of the same model, by kind."""
     notes: tuple[str, ...] = ()
     """What convert did to guard the size and the meaning, for people."""
     identity: str = ""
@@ -140,7 +262,19 @@ class Manifest(_Part):
             raise ValueError("runs do not cover all weights")
         if "onnx" not in self.variants:
             raise ValueError("the variant 'onnx' is missing")
+        self._check_engines(sizes)
         return self
+
+    def _check_engines(self, sizes: dict[str, int]) -> None:
+        if self.version < 3 and self.engines:
+            raise ValueError(f"version {self.version} knows no engines")
+        for kind, engine in self.engines.items():
+            if engine.kind != kind:
+                raise ValueError(f"the engine {kind!r} calls itself {engine.kind!r}")
+            for digest, size in engine.objects.items():
+                if sizes.setdefault(digest, size) != size:
+                    raise ValueError(f"the engine {kind!r} gives the digest {digest[:16]} another size")
+            engine.check(sizes)
 
     def _check_weight(self, weight: Weight) -> None:
         if self.version == 1 and (weight.variants or weight.pieces):
@@ -169,8 +303,11 @@ class Manifest(_Part):
 
     @property
     def distinct(self) -> dict[str, int]:
-        """Digest -> bytes of every distinct weight of all variants: what the package needs of the store."""
-        return {weight.digest: weight.bytes for weight in self.weights}
+        """Digest -> bytes of all that the package needs of the store: weights of all variants, parts of engines."""
+        found = {weight.digest: weight.bytes for weight in self.weights}
+        for engine in self.engines.values():
+            found.update(engine.objects)
+        return found
 
     def sealed(self) -> Manifest:
         """This manifest with its identity filled in."""
@@ -194,7 +331,7 @@ def _identity(content: dict[str, Any]) -> str:
 def read_manifest(package: Path) -> Manifest:
     """Read and check `package/manifest.json`.
 
-    One of version 1 is returned as version 2, which says the same; its identity stays that of the file. Raises
+    An older one is returned as version 3, which says the same; its identity stays that of the file. Raises
     PackageError (not a package, damaged, altered) or UnsupportedVersionError (a newer version).
     """
     path = package / MANIFEST

@@ -169,30 +169,43 @@ class Package:
             )
 
     def check_present(self) -> None:
-        """Raise unless every weight lies in the store, of its size and untouched (loading checks the bytes).
+        """Raise unless all that the package needs lies in the store, of its size and untouched (loading checks the bytes).
 
-        PackageError names a weight that is missing or short, DigestMismatchError one that was changed.
+        PackageError names a weight, or a part of an engine, that is missing or short, DigestMismatchError one that was
+        changed.
         """
-        for weight in self.manifest.weights:
-            state = self.store.objects.state(weight.digest, weight.bytes)
+        for digest, size in self.manifest.distinct.items():
+            state = self.store.objects.state(digest, size)
             if state == "altered":
-                raise self.damaged(weight.digest)
+                raise self.damaged(digest)
             if state != "intact":
-                raise PackageError(
-                    f"the weight {weight.name!r} of {self.path} is {state} in the store: "
-                    f"{self.store.objects.path(weight.digest)} "
-                    f"should hold {weight.bytes} bytes. {self._restore(damaged=state == 'short')}"
-                )
+                raise self.unusable(digest, state)
+
+    def unusable(self, digest: str, state: str) -> PackageError:
+        """The error for an object that is missing, short, or cannot be read."""
+        return PackageError(
+            f"{self._called(digest)} of {self.path} is {state} in the store: "
+            f"{self.store.objects.path(digest)} "
+            f"should hold {self.manifest.distinct[digest]} bytes. {self._restore(damaged=state == 'short')}"
+        )
 
     def damaged(self, digest: str) -> DigestMismatchError:
         """The error for an object whose bytes are wrong: names every package that it hurts."""
         hurt = sorted({str(self.path.absolute()), *self.store.users_of(digest)})
-        names = [weight.name for weight in self.manifest.weights if weight.digest == digest]
         return DigestMismatchError(
-            f"the weight {names[0] if names else digest!r} was changed on disk: "
+            f"{self._called(digest)} was changed on disk: "
             f"{self.store.objects.path(digest)} no longer has "
             f"the digest it is named by. Hurt: {', '.join(hurt)}. {self._restore(damaged=True)}"
         )
+
+    def _called(self, digest: str) -> str:
+        for weight in self.manifest.weights:
+            if weight.digest == digest:
+                return f"the weight {weight.name!r}"
+        for kind, engine in self.manifest.engines.items():
+            if digest in engine.objects:
+                return f"a part of the {kind} engine, {digest[:16]},"
+        return f"the weight {digest!r}"
 
     def verify(self) -> Iterator[tuple[str, int]]:
         """Check every graph and every weight's bytes; yields (digest, bytes) after each distinct weight."""

@@ -32,6 +32,7 @@ from glake_infer.models.zoo._weights import BLOCK, Weight, Weights
 
 if TYPE_CHECKING:
     from glake_infer.models.convert import ConvertReport
+    from glake_infer.models.tensorrt.options import EngineOptions
     from glake_infer.store import Store
 
 __all__ = [
@@ -245,16 +246,19 @@ def convert(
     spec: Spec,
     target: str | os.PathLike[str],
     *,
+    engine: str | EngineOptions | None = None,
     store: Store | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> ConvertReport:
     """Write the model of `spec` as a package, its weights generated straight into the store.
 
+    engine: a TensorRT engine to build as well; see `glake_infer.models.convert.convert`.
+
     Raises and leaves what `glake_infer.models.convert.convert` does.
     """
     from glake_infer.models.zoo._package import convert_description
 
-    return convert_description(build(spec), target, store=store, progress=progress)
+    return convert_description(build(spec), target, engine=engine, store=store, progress=progress)
 
 
 def feeds(

@@ -13,6 +13,7 @@ from glake_infer.digest import Buffer, digest_of
 from glake_infer.models.convert import ConvertReport, convert_source
 from glake_infer.models.graph import MINIMUM_WEIGHT, tensor_bytes
 from glake_infer.models.progress import Progress
+from glake_infer.models.tensorrt.options import EngineOptions
 from glake_infer.models.zoo import Description
 from glake_infer.store import Store
 
@@ -50,8 +51,11 @@ def convert_description(
     description: Description,
     target: str | os.PathLike[str],
     *,
+    engine: str | EngineOptions | None = None,
     store: Store | None,
     progress: Progress | None,
 ) -> ConvertReport:
     """See `zoo.convert`."""
-    return convert_source(Generated(description), Path(target), store=store or Store(), progress=progress)
+    return convert_source(
+        Generated(description), Path(target), engine=engine, store=store or Store(), progress=progress
+    )
