@@ -7,9 +7,10 @@ skipped. The engines are built here for the capability of the GPU.
 from __future__ import annotations
 
 import gc
-import os
+import mmap
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,7 +298,7 @@ def test_five_hundred_loads_leave_no_growth(pool, allocator, runtime, plans):
             gc.collect()
             pool.trim()
             stats = pool.stats()
-            resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: PTH123, SIM115
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
             marks.append((taken(), stats.reserved, stats.ranges, stats.mappings, resident))
     print("after 21 and 500 loads:", marks)
     assert marks[0][:4] == marks[1][:4]
