@@ -301,6 +301,7 @@ NB_MODULE(_native, module) {
           "user"_a, "later"_a = false, "Returns the chunks to load; with `later` make() gives them memory.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
       .def("size_of", &Pool::size_of, "chunk"_a, Unlocked())
+      .def("handle_of", &Pool::handle_of, "chunk"_a, Unlocked())
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
       .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
       .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())

@@ -911,6 +911,11 @@ std::size_t Pool::size_of(Weights::Id chunk) const {
   return resident_.bytes(chunk);
 }
 
+std::uint64_t Pool::handle_of(Weights::Id chunk) const {
+  const Operation operation(*this);
+  return resident_.handle(chunk);
+}
+
 Address Pool::begin_writing(Weights::Id chunk) {
   const Operation operation(*this);
   return resident_.begin_writing(chunk);

@@ -240,6 +240,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
                                                    const std::function<void()>& poll = {});
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
   [[nodiscard]] std::size_t size_of(Weights::Id chunk) const;
+  [[nodiscard]] std::uint64_t handle_of(Weights::Id chunk) const;
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
   void end_writing(Weights::Id chunk, Address address);
   void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);

@@ -59,7 +59,7 @@ def _checked(kind: str, options: Mapping[str, Any]) -> dict[str, str]:
             "the options have 'device_id', which the pool decides: make the Pool on the device you want"
         )
     if given.get("trt_context_memory_sharing_enable", "0").lower() not in ("0", "false"):
-        # tensorrt_execution_provider.cc: setDeviceMemory(MakeUniquePtrFromOrtAllocator(...).get()), before the enqueue.
+        # tensorrt_execution_provider.cc (1.17): setDeviceMemory(MakeUniquePtrFromOrtAllocator(...).get()), then the enqueue.
         raise InputError(
             "trt_context_memory_sharing_enable cannot be used on a pool: ONNX Runtime gives the contexts' memory back to "
             "the allocator before it queues the work that uses it, so another session could get it meanwhile. Leave "

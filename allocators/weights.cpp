@@ -580,6 +580,14 @@ void Weights::adopt(Id id, int descriptor) {
 
 std::size_t Weights::bytes(Id chunk) const { return find(chunks_, chunk).bytes; }
 
+std::uint64_t Weights::handle(Id id) const {
+  const Chunk& chunk = find(chunks_, id);
+  if (!chunk.physical || chunk.state != State::resident) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " is not there: it has no handle");
+  }
+  return chunk.physical->handle().value;
+}
+
 int Weights::descriptor(Id id) const {
   const Chunk& chunk = find(chunks_, id);
   if (!chunk.shared() || !chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " has no descriptor");

@@ -145,6 +145,8 @@ class Weights {
   // Gives a loading chunk of kind shared the frozen memory of a descriptor, which is the chunk's from now on.
   void adopt(Id chunk, int descriptor);
   [[nodiscard]] std::size_t bytes(Id chunk) const;
+  // The driver's handle of a chunk that is there, for others to map; it stays the chunk's.
+  [[nodiscard]] std::uint64_t handle(Id chunk) const;
   // The descriptor of a shared chunk's memory.
   [[nodiscard]] int descriptor(Id chunk) const;
 

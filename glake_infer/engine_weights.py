@@ -100,7 +100,7 @@ class SharingReport:
 
 
 @dataclass(eq=False)
-class _Block:
+class Block:
     """A region of chunks of `grid` bytes, the first less `lead`; TensorRT's block begins `shift` behind its begin."""
 
     region: Region
@@ -117,6 +117,7 @@ class _Block:
 
     @property
     def address(self) -> int:
+        """TensorRT's."""
         return self.region.address + self.shift
 
     def spans(self) -> Iterator[tuple[int, int, int]]:
@@ -129,7 +130,7 @@ class _Block:
 class BlockHolding(Holding):
     """An engine's weights. `with holding:` goes around what queues work that reads them; see Holding."""
 
-    blocks: tuple[_Block, ...] = ()
+    blocks: tuple[Block, ...] = ()
     anchor: int = 0
     """A user of the chunks that cannot be brought back, so that they stay. 0: none."""
 
@@ -164,7 +165,7 @@ class EngineWeights:
         self._device = device
         self._lock = threading.Lock()
         self._settling = threading.Lock()
-        self._blocks: dict[int, _Block] = {}  # by TensorRT's address
+        self._blocks: dict[int, Block] = {}  # by TensorRT's address
         self._known: dict[str, int] = {}  # what a chunk holds -> the chunk
 
     @classmethod
@@ -210,17 +211,21 @@ class EngineWeights:
             yield loading
         loading._settle()
 
-    def _block_at(self, address: int) -> _Block | None:
+    def _block_at(self, address: int) -> Block | None:
         with self._lock:
             return self._blocks.pop(address, None)
 
-    def _best_place(self, size: int, alignment: int, plan: _PlanBytes) -> tuple[int, int]:
-        """(bytes of a chunk, shift within the first) for a block of a plan."""
-        begin = plan.bytes - TRAILER - size
-        granule = self._native.granularity
-        grid = granule
+    def grid_for(self, size: int) -> int:
+        """Bytes of the chunks of a block where none is there that it is like."""
+        grid = self._native.granularity
         while grid * CHUNKS < size:
             grid *= 2
+        return grid
+
+    def _best_place(self, size: int, alignment: int, plan: PlanBytes) -> tuple[int, int]:
+        """(bytes of a chunk, shift within the first) for a block of a plan."""
+        begin = plan.bytes - TRAILER - size
+        grid = self.grid_for(size)
         votes: Counter[tuple[int, int]] = Counter()
         inside = [s for s in plan.within(begin, size) if s.file.length >= TELLING and s.start == 0]
         with self._lock:
@@ -252,9 +257,9 @@ class Loading:
         """Use `EngineWeights.loading`."""
         self._weights = weights
         self._native = weights._native
-        self._plan = _PlanBytes(plan_bytes, stretches)
+        self._plan = PlanBytes(plan_bytes, stretches)
         self._user, self._evictable, self._priority, self._host_copy = user, evictable, priority, host_copy
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         self._compared: list[Holding] = []  # of the chunks that are shared, until they are entered
         self.holding: BlockHolding | None = None
         """The engine's weights, once it is loaded; None if it asked for no block."""
@@ -268,7 +273,7 @@ class Loading:
         grid, shift = self._weights._best_place(size, alignment, self._plan)
         lead = shift // native.granularity * native.granularity
         shift -= lead
-        sizes = _sizes_of(shift + size, grid, lead, native.granularity)
+        sizes = sizes_of(shift + size, grid, lead, native.granularity)
         used = [
             min(start + each, shift + size) - max(start, shift)
             for start, each in zip(itertools.accumulate(sizes[:-1], initial=0), sizes, strict=True)
@@ -285,7 +290,7 @@ class Loading:
             native.remove_region(number)
             raise
         starts = tuple(itertools.accumulate(sizes[:-1], initial=address))
-        block = _Block(
+        block = Block(
             Region(number, address, tuple(chunks), tuple(sizes), None, starts), user, size, shift, grid, lead
         )
         with self._weights._lock:
@@ -372,7 +377,7 @@ class Loading:
             with self.holding:
                 pass  # makes the copy
 
-    def _read_back(self, block: _Block) -> tuple[list[str], list[bool]]:
+    def _read_back(self, block: Block) -> tuple[list[str], list[bool]]:
         """What each chunk holds, and whether the plan is known to hold the same; the region learns how to fill it."""
         region, spans = block.region, list(block.spans())
         with self._copied(block.address, min(SAMPLE, block.size)) as sample:
@@ -387,9 +392,9 @@ class Loading:
                 for index, start in zip(range(first, last), starts, strict=True):
                     address, size, within = spans[index]
                     piece = data[start : start + size]
-                    key = f"{region.sizes[index]} {within} {digest_of_piece(piece)}"
+                    key = key_of(region.sizes[index], within, piece)
                     sure = begin is not None and self._plan.holds(begin + address - block.address, piece)
-                    found.append((digest_of(key.encode()), sure))
+                    found.append((key, sure))
                     piece.release()
             return found
 
@@ -417,7 +422,7 @@ class Loading:
         finally:
             device.forget(copy)
 
-    def _share(self, block: _Block, keys: list[str]) -> int:
+    def _share(self, block: Block, keys: list[str]) -> int:
         """Map chunks that are there in the place of equal ones; returns the bytes of weights in them."""
         weights, table, native = self._weights, self._weights._table, self._native
         with table._locked():
@@ -495,7 +500,7 @@ class Loading:
         self.holding = holding
         weights._known = {key: chunk for key, chunk in weights._known.items() if chunk in table._owners}
 
-    def _elsewhere(self, block: _Block) -> int:
+    def _elsewhere(self, block: Block) -> int:
         """Bytes of a block's objects that other blocks have too."""
         with self._weights._lock:
             others = {
@@ -512,7 +517,7 @@ class Loading:
         )
 
 
-class _PlanBytes:
+class PlanBytes:
     """A plan's bytes, read from the objects that hold them."""
 
     def __init__(self, size: int, stretches: Sequence[Stretch]) -> None:
@@ -538,7 +543,7 @@ class _PlanBytes:
 
     def holds(self, offset: int, data: memoryview) -> bool:
         """Whether the plan is known to have these bytes at `offset`."""
-        theirs = self._read(offset, len(data))
+        theirs = self.read(offset, len(data))
         return len(theirs) == len(data) and np.array_equal(
             np.frombuffer(theirs, np.uint8), np.frombuffer(data, np.uint8)
         )
@@ -553,13 +558,13 @@ class _PlanBytes:
         wanted = bytes(sample)
         step = max(READ_BACK, 4 * len(wanted))
         for start in range(0, self.bytes - size + 1, step):
-            data = self._read(start, min(step + len(wanted) - 1, self.bytes - start))
+            data = self.read(start, min(step + len(wanted) - 1, self.bytes - start))
             at = data.find(wanted)
             if at >= 0 and start + at + size <= self.bytes:
                 return start + at
         return None
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
         """Fewer bytes where the plan, or one of its files, ends before."""
         pieces = []
         files: dict[Path, int] = {}
@@ -572,7 +577,12 @@ class _PlanBytes:
         return b"".join(pieces)
 
 
-def _sizes_of(size: int, grid: int, lead: int, granule: int) -> list[int]:
+def key_of(chunk_bytes: int, within: int, data: memoryview) -> str:
+    """What names a chunk of so many bytes that holds `data` from `within` on."""
+    return digest_of(f"{chunk_bytes} {within} {digest_of_piece(data)}".encode())
+
+
+def sizes_of(size: int, grid: int, lead: int, granule: int) -> list[int]:
     """Bytes of chunks for `size` bytes: of `grid`, the first less `lead`, the last no more than it takes."""
     sizes: list[int] = []
     left = size

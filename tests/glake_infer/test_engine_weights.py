@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from pathlib import Path
 
 import pytest
 from engines import Engine, Plan, random_weights
@@ -307,3 +309,21 @@ def test_loads_leave_nothing_behind(pool, allocator, folder):
     assert counts[-1] == counts[-2] == counts[1]
     keeper.destroy()
     assert reserved(pool) == 0
+
+
+@pytest.mark.soak
+def test_five_hundred_loads_leave_nothing_behind(pool, allocator, folder):
+    plans = [family(folder, head) for head in (0, 512, 17 * 512, 1000 * 512)]
+    marks = []
+    for turn in range(500):
+        engine = load(allocator, pool, plans[turn % 4])
+        if turn % 3 == 0:
+            engine.holding.suspend()
+        engine.destroy()
+        if turn in (20, 499):
+            pool.trim()
+            stats = pool.stats()
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+            marks.append((stats.reserved, stats.chunks, stats.mappings, stats.ranges, resident))
+    assert marks[0][:4] == marks[1][:4]
+    assert marks[1][4] - marks[0][4] <= 16 * MiB
