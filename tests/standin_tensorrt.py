@@ -24,6 +24,7 @@ import numpy as np
 VERSION = "1.7.1.116"
 MAGIC = b"STANDIN\0"
 TRAILER = 4
+MiB = 1 << 20
 
 
 class _Log:
@@ -278,7 +279,10 @@ def make(kind="tensorrt-rtx"):
         def get_device_memory_size_for_profile_v2(self, profile_index):
             spans = self._about["profiles"][profile_index]
             rows = next(iter(spans.values()))[2][0] if spans else 0
-            return self._scratch_for(rows)
+            return self._scratch_for(rows) + self._streaming_scratch()
+
+        def _streaming_scratch(self):
+            return MiB if self._budget < self.streamable_weights_size else 0
 
         def create_runtime_config(self):
             return IRuntimeConfig()
@@ -476,7 +480,11 @@ def make(kind="tensorrt-rtx"):
 
         def _execute(self, given, addresses, scratch):
             engine = self.engine
-            if scratch[1] < engine._scratch_for(next(iter(given.values()))[0] if given else 0):
+            least = (
+                engine._scratch_for(next(iter(given.values()))[0] if given else 0)
+                + engine._streaming_scratch()
+            )
+            if scratch[1] < least:
                 return self._fail(f"scratch memory of {scratch[1]} bytes is too small")
             if engine._about["bytes"] and not engine._block and not engine._host:
                 return self._fail("the weights are not loaded")
@@ -502,6 +510,9 @@ def make(kind="tensorrt-rtx"):
                 address, result = addresses.get(name), np.ascontiguousarray(results[name])
                 if name in self._outputs:
                     asked = max(result.nbytes, 1)
+                    address = self._outputs[name].reallocate_output_async(
+                        name, address or 0, -(-asked // 2), 256, 1
+                    )
                     address = self._outputs[name].reallocate_output_async(name, address or 0, asked, 256, 1)
                     self._outputs[name].notify_shape(name, result.shape)
                 if not address:

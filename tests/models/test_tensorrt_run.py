@@ -1,5 +1,6 @@
 """Engines run: with a library that stands in for TensorRT, on the CPU's pool. What is TensorRT's own was not run."""
 
+import contextlib
 import ctypes
 import gc as garbage
 import itertools
@@ -37,8 +38,10 @@ class CapturingDevice(HostDevice):
         self.module = module
         self.graphs = {}
         self.numbers = itertools.count(1)
+        self.expected = False  # whether the pool knows that a capture goes on
 
     def begin_capture(self, stream):
+        assert self.expected
         self.module.capture = []
 
     def end_capture(self, stream, *, keep=True):
@@ -99,6 +102,14 @@ def graphs(trt, monkeypatch):
     """Runs may go into CUDA graphs."""
     device = CapturingDevice(trt)
     monkeypatch.setattr(runtimes, "device_of", lambda pool: device)
+
+    @contextlib.contextmanager
+    def foreign_capture(pool):
+        device.expected = True
+        yield
+        device.expected = False
+
+    monkeypatch.setattr(gi.Pool, "foreign_capture", foreign_capture)
     return device
 
 
@@ -158,6 +169,15 @@ def test_what_lies_on_the_device_is_read_in_place_if_it_is_aligned(model, weight
     check(model._execution.run(["y"], {"x": borrowed}, "host"), weights, x)
     assert len(copies) == bool(offset)
     pool.deallocate(address - offset)
+
+
+def test_results_are_read_once_the_stream_has_passed(model, trt, monkeypatch):
+    wait, read = HostDevice.synchronize, HostDevice.to_host
+    monkeypatch.setattr(HostDevice, "synchronize", lambda *a: (trt.events.append("wait"), wait(*a)))
+    monkeypatch.setattr(HostDevice, "to_host", lambda *a: (trt.events.append("read"), read(*a)))
+    model.run({"x": rows(1)})
+    model.run({"x": rows(1)}, to="device")
+    assert trt.events[1:] == ["run", "wait", "read", "read", "run", "wait"]
 
 
 def test_results_stay_on_the_device_and_outlive_the_model(model, weights, pool):
@@ -286,6 +306,9 @@ def test_an_output_in_an_inputs_memory_leaves_the_callers_array_alone(tmp_path, 
     cache, one = np.arange(4, dtype=np.float32), np.ones(4, np.float32)
     first = model.run({"cache": cache, "x": one}, to="device")["updated"]
     second = model.run({"cache": first, "x": one}, to="device")["updated"]
+    lent = Borrowed("cpu", second.address, second.dtype, (4,), (1,), second)
+    third = model._execution.run(["updated"], {"cache": lent, "x": one}, "host")["updated"]
+    assert third.tolist() == [3, 4, 5, 6]
     assert cache.tolist() == [0, 1, 2, 3]
     assert first.numpy().tolist() == [1, 2, 3, 4]
     assert second.numpy().tolist() == [2, 3, 4, 5]
@@ -394,8 +417,13 @@ def test_a_run_that_tensorrt_refuses_quotes_it_and_leaves_nothing(model, weights
     with pytest.raises(gi.ModelError, match=r"could not be run.*tensorrt-rtx 1.7.1.116 says: myelin: broken"):
         model.run({"x": rows(1)})
     assert pool.stats().active == before
+    with pytest.raises(gi.ModelError) as kept:
+        model.run({"x": rows(1)})
     monkeypatch.undo()
     check(model.run({"x": rows(1)}), weights, rows(1))
+    model.close()
+    assert not trt.engines  # an error that is kept keeps none
+    assert kept.value
 
 
 # Suspend and resume.
@@ -430,9 +458,10 @@ def test_contexts_that_hold_nothing_outlive_a_suspension(model, weights, trt):
     assert trt.events.count("context made") == 1
 
 
-def test_a_suspension_waits_for_runs(tmp_path, store, load, weights, pool, trt):
-    trt.delay = 0.1
-    model = load(linear(tmp_path, store, weights), concurrency=2)
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_suspension_waits_for_runs(tmp_path, store, load, weights, pool, trt, deferred):
+    trt.delay = 0.05
+    model = load(linear(tmp_path, store, weights), concurrency=2, deferred=deferred)
     stop = threading.Event()
 
     def sleep():
