@@ -116,9 +116,8 @@ def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettin
             _finish(model, plan, *_deserialize(model, plan, settings), settings)
         except BaseException as error:
             model.__dict__.pop("engine", None)
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold the engine; TensorRT gives its memory back with it
+            # They hold the engine, and TensorRT gives its memory back with that.
+            traceback.clear_frames(error.__traceback__)
             raise
     return model
 

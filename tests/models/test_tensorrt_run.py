@@ -694,6 +694,40 @@ def test_tensorrts_own_verdict_is_told(tmp_path, store, load, weights, pool, trt
     check(load(path).run({"x": rows(1)}), weights, rows(1))  # no reason: the deserialization decides
 
 
+def test_an_engine_with_a_type_that_no_array_has_is_refused_and_gone(tmp_path, store, load, pool, trt):
+    graph = small_graph({"x": ("float", [4])}, {"indices": ("int64", [4])})
+    tensors = [standin.tensor("x", "INT4", (4,)), standin.tensor("indices", "INT64", (4, 1), mode="OUTPUT")]
+    path = package(
+        tmp_path, store, graph, standin.plan("nonzero", tensors, {"level": np.zeros(9, np.float32)})
+    )
+    with pytest.raises(gi.ModelError, match="'x' has elements of TensorRT's type INT4") as kept:
+        load(path)
+    assert not trt.engines  # while the error lives
+    assert pool.stats().active == 0
+    assert kept.value
+
+
+def test_live_engines_end_before_python_does(tmp_path, store, weights, python):
+    path = linear(tmp_path, store, weights)
+    code = """
+        import sys
+        import standin_tensorrt
+        trt = sys.modules["tensorrt_rtx"] = standin_tensorrt.make()
+        end = trt.ICudaEngine.__del__
+        trt.ICudaEngine.__del__ = lambda self: print("ends in", sys.is_finalizing() or "time", end(self))
+        import numpy as np
+        import glake_infer as gi
+        from glake_infer.models.tensorrt.load import EngineSettings, load_engine
+        pool, store = gi.Pool("cpu"), gi.Store()
+        with store.using():
+            model = load_engine(gi.Package(sys.argv[1], store), pool, "tensorrt-rtx", EngineSettings())
+        kept = model.run({"x": np.ones((1, 512), np.float32)}, to="device")
+        print("done")
+    """
+    out, err = python(code, path).communicate(timeout=60)
+    assert (out, err) == ("done\nends in time None\n", "")
+
+
 def test_an_engine_without_room_is_told_with_the_pools_figures(tmp_path, store, load, weights, pool):
     path = linear(tmp_path, store, weights)
     pool.limit = MiB
