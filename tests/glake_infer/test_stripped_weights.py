@@ -48,7 +48,8 @@ class Manager:
         """The engine's weights, through our addresses of what it has mapped; complete, or it could not work."""
         (region,) = weights.holding.regions
         handles = {
-            self.native.handle_of(c): (s, n) for c, s, n in zip(region.chunks, region.starts, region.sizes)
+            self.native.handle_of(c): (s, n)
+            for c, s, n in zip(region.chunks, region.starts, region.sizes, strict=True)
         }
         data = b""
         for offset, (handle, size) in sorted(self.mapped.items()):
