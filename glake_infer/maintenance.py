@@ -263,7 +263,9 @@ def _needed(path: Path, record: Record) -> tuple[str, frozenset[str]]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((path / MANIFEST).read_bytes())
         found = {str(weight["digest"]) for weight in content["weights"]}
-        found |= {str(digest) for engine in content.get("engines", {}).values() for digest in engine["objects"]}
+        found |= {
+            str(digest) for engine in content.get("engines", {}).values() for digest in engine["objects"]
+        }
         return str(content["identity"]), record.digests | found
     return record.identity, record.digests
 

@@ -205,7 +205,9 @@ class Engine(_Part):
                 raise ValueError(f"the woven bytes at {part.offset} of the plan end within a row")
             for digest, end in part.demands():
                 if digest not in sizes:
-                    raise ValueError(f"a part of the plan names the object {digest[:16]}, which is not listed")
+                    raise ValueError(
+                        f"a part of the plan names the object {digest[:16]}, which is not listed"
+                    )
                 if end > sizes[digest]:
                     raise ValueError(f"a part of the plan goes beyond the end of its object {digest[:16]}")
         if position != self.bytes:

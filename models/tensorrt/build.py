@@ -34,7 +34,9 @@ CACHES = "tensorrt"
 MOST_REASONS = 12
 """Nodes that an error names."""
 
-OUT_OF_MEMORY = re.compile(r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I
+)
 
 SAYS_NOTHING = ("", "false")
 
@@ -183,7 +185,9 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     )
 
 
-def _configure(trt: types.ModuleType, config: Any, options: EngineOptions, capabilities: Sequence[str]) -> None:
+def _configure(
+    trt: types.ModuleType, config: Any, options: EngineOptions, capabilities: Sequence[str]
+) -> None:
     if hasattr(trt, "ComputeCapability") and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
@@ -298,14 +302,16 @@ def _monitor(trt: types.ModuleType, watch: _Watch) -> Any:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of raising into a callback of TensorRT; in other threads than the main one nothing
-    changes."""
+    """An event that Ctrl-C sets, instead of raising into a callback of TensorRT; only where Python would handle it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = signal.getsignal(signal.SIGINT)
-    if before is None or before in (signal.SIG_IGN, signal.SIG_DFL):  # of another language, or nobody wants to know
+    if before is None or before in (
+        signal.SIG_IGN,
+        signal.SIG_DFL,
+    ):  # of another language, or nobody wants to know
         yield event
         return
     signal.signal(signal.SIGINT, lambda *_: event.set())
@@ -325,14 +331,18 @@ def _cache_file(kind: Kind, trt: types.ModuleType, store: Store) -> Path | None:
     from glake_infer.models.doctor import find_gpus
 
     gpus, driver, _ = find_gpus()
-    machine = digest_of(repr([(gpu.name, gpu.compute_capability) for gpu in gpus[:1]] + [driver]).encode())[:16]
+    machine = digest_of(repr([(gpu.name, gpu.compute_capability) for gpu in gpus[:1]] + [driver]).encode())[
+        :16
+    ]
     return store.root / CACHES / f"{kind}-{trt.__version__}-{machine}.timing"
 
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, file: Path | None, store: Store) -> Iterator[None]:
-    """Give the builder what was timed before on this machine, and keep what it has timed. Of two builds at once the
-    last one's is kept; a damaged cache is made anew."""
+    """Give the builder what was timed before on this machine, and keep what it has timed.
+
+    Of two builds at once the last one's is kept; a damaged cache is made anew.
+    """
     if file is None:
         yield
         return

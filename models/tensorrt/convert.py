@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto, TensorProto, load_model_from_string
 
-from glake_infer.allocators.sizes import format_bytes
 from glake_infer.digest import digest_of
 from glake_infer.models.graph import external_entries, inline_bytes, is_external
 from glake_infer.models.manifest import Engine, Manifest, Value, Weight
@@ -78,16 +77,16 @@ def make_engine(
         again = _filled(model, missing, build)
         if again is None:
             notes.append(
-                f"the weights of the engine ({section[1]} bytes) are no multiple of {ALIGNMENT} bytes, so they are not shared "
-                "with those of fine-tunes whose engines differ in that"
+                f"the weights of the engine ({section[1]} bytes) are no multiple of {ALIGNMENT} bytes, so they are not "
+                "shared with those of fine-tunes whose engines differ in that"
             )
         else:
             built, output = again
             seconds += built.seconds
             aligned = True
             notes.append(
-                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes lie "
-                "alike in their engines"
+                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes "
+                "lie alike in their engines"
             )
     made = split(built.plan, weights, store)
     engine = Engine(
@@ -124,9 +123,7 @@ def make_engine(
     return engine, report
 
 
-def _filled(
-    model: ModelProto, missing: int, build: Callable[[], BuiltPlan]
-) -> tuple[BuiltPlan, str] | None:
+def _filled(model: ModelProto, missing: int, build: Callable[[], BuiltPlan]) -> tuple[BuiltPlan, str] | None:
     """Build again with as many bytes more, and the output that carries them; None where that does not align the weights."""
     output = fill(model, missing) if missing % 8 == 0 else None
     if output is None:
@@ -170,22 +167,6 @@ def kept_engines(
             f"the {kind} engine that the package had was dropped, because {why}: convert again with --engine {kind}"
         )
     return kept, notes
-
-
-def engine_lines(engine: Engine) -> Iterator[tuple[str, str]]:
-    """What an engine is, as (what, value) for people."""
-    yield "built by", f"{engine.kind} {engine.version} for compute capability {', '.join(engine.capabilities)}"
-    stored = sum(engine.objects.values())
-    weights = f", weights {format_bytes(engine.weights_bytes)}" if engine.weights_bytes else ""
-    yield "plan", f"{format_bytes(engine.bytes)}{weights}; {format_bytes(stored)} of its own in the store"
-    for number, profile in enumerate(engine.profiles, start=1):
-        shapes = (
-            f"{name}={':'.join('x'.join(map(str, shape)) for shape in (each.min, each.opt, each.max))}"
-            for name, each in profile.items()
-        )
-        yield f"profile {number}", " ".join(shapes)
-    if engine.streaming:
-        yield "weights", "can be streamed from host memory"
 
 
 def options_of(engine: str | EngineOptions | None) -> EngineOptions | None:

@@ -1,8 +1,8 @@
 """Heads of fine-tunes, padded so that the trunk's weights lie alike in the engines of all of them.
 
-An engine's weights are one block, last layers first, each tensor at a multiple of 128 bytes: a head of another size moves the
-trunk. The pool can make up for multiples of ALIGNMENT bytes, no less. So heads get columns of zeros until a column of their
-weights and their bias are multiples of it, and the columns are sliced off right behind, so that what follows sees
+An engine's weights are one block, last layers first, each tensor at a multiple of 128 bytes: a head of another size moves
+the trunk. The pool can make up for multiples of ALIGNMENT bytes, no less. So heads get columns of zeros until a row of
+their weights and their bias are multiples of it, and the columns are sliced off right behind, so that what follows sees
 the true width. What is left (a pooler's bias, say) is made up for by `fill`, when the built engine has told.
 
 The padded model computes the same numbers: a column of a product does not depend on the others.
@@ -47,8 +47,8 @@ class Padded:
 
     def __str__(self) -> str:
         return (
-            f"the head {self.weight!r} got {self.padded - self.columns} columns of zeros ({self.added_bytes} bytes), which are "
-            "sliced off again: so trunks of fine-tunes lie alike in their engines"
+            f"the head {self.weight!r} got {self.padded - self.columns} columns of zeros ({self.added_bytes} bytes), which "
+            "are sliced off again: so trunks of fine-tunes lie alike in their engines"
         )
 
 

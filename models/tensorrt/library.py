@@ -45,7 +45,9 @@ Sink = Callable[[str, str], None]
 """Called with (severity, message) for each message of INFO and above; severities are the keys of LEVELS."""
 
 _log = logging.getLogger(LOGGER)
-_log.addHandler(logging.NullHandler())  # errors are quoted in exceptions; whoever wants the log configures logging
+_log.addHandler(
+    logging.NullHandler()
+)  # errors are quoted in exceptions; whoever wants the log configures logging
 _first: dict[str, Any] = {}
 _first_lock = threading.Lock()
 

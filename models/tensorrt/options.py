@@ -59,7 +59,10 @@ def parse_profiles(texts: Iterable[str]) -> tuple[Profile, ...]:
 
 def _shape(part: str, text: str) -> Shape:
     axes = part.split("x")
-    if not all(axis.isascii() and axis.isdecimal() and len(axis) < 10 for axis in axes) or len(axes) > MOST_AXES:
+    if (
+        not all(axis.isascii() and axis.isdecimal() and len(axis) < 10 for axis in axes)
+        or len(axes) > MOST_AXES
+    ):
         raise InputError(f"--profile {text!r} cannot be read: {part!r} is no shape. Expected {SYNTAX}.")
     return tuple(int(axis) for axis in axes)
 
@@ -92,7 +95,9 @@ def complete_profiles(
     """
     values = {value.name: value for value in inputs}
     fed = set(shape_tensors)
-    open_ones = [v for v in inputs if v.name in fed or v.shape is None or any(not isinstance(a, int) for a in v.shape)]
+    open_ones = [
+        v for v in inputs if v.name in fed or v.shape is None or any(not isinstance(a, int) for a in v.shape)
+    ]
     if open_ones and not profiles:
         raise _missing(open_ones, "no optimization profile was given")
     return tuple(
@@ -116,7 +121,9 @@ def _complete(
         _check(value, minimum, usual, maximum, is_shape=name in fed)
         made[name] = Shapes(min=minimum, opt=usual, max=maximum)
         if name not in fed:
-            for axis, sizes in zip(value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False):
+            for axis, sizes in zip(
+                value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False
+            ):
                 if isinstance(axis, str) and symbols.setdefault(axis, sizes) != sizes:
                     raise InputError(
                         f"profile {number} gives the axis {axis!r} of the input {name!r} the sizes {_sizes(sizes)}, and "

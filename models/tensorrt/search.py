@@ -181,7 +181,9 @@ def _anywhere(
     data: Bytes, missing: list[tuple[Needle, int]], phases: Sequence[int]
 ) -> tuple[list[Place], list[Rows]]:
     """Whole weights and first and second rows of others at any word."""
-    probes: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # key -> (needle's number, row or -1, at)
+    probes: dict[int, list[tuple[int, int, int]]] = defaultdict(
+        list
+    )  # key -> (needle's number, row or -1, at)
     for number, (needle, at) in enumerate(missing):
         probes[_key_at(needle.data, at)].append((number, -1, at))
         width = needle.size // max(needle.rows, 1)
