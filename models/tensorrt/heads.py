@@ -27,8 +27,8 @@ MOST_PADDED = 1 << 30
 MINIMUM_OPSET = 10
 """Since when Slice takes its ranges as tensors."""
 
-FLOATS = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
-FILLED = {**FLOATS, TensorProto.INT32: 4, TensorProto.INT64: 8}
+FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+FILLED: dict[int, int] = {**FLOATS, TensorProto.INT32: 4, TensorProto.INT64: 8}
 """Bytes of the types that `fill` adds to."""
 
 Load = Callable[[TensorProto], bytes]
