@@ -32,7 +32,10 @@ CACHES = "tensorrt"
 """Folder of the store's root for what TensorRT keeps on this machine; gc leaves it alone, and it may be deleted."""
 
 MOST_REASONS = 12
-"""Nodes that an error names."""
+"""Operators that an error names."""
+
+MOST_NODES = 3
+"""Nodes of an operator that it names."""
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I
@@ -167,20 +170,23 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     logger.take_errors()
     if parser.parse(model, str(folder / "graph.onnx")):
         return
-    reasons = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         reason = error.desc().strip()
         code = str(error.code()).rpartition(".")[2]
         if reason in SAYS_NOTHING:
             reason = "TensorRT does not have it" if code == "UNSUPPORTED_NODE" else code
-        where = f"node {error.node_name() or error.node()!r} ({error.node_operator() or 'of no operator'})"
-        reasons.append(f"{where}: {reason}")
-    shown = reasons[:MOST_REASONS] + (
-        [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
-    )
+        node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
+        reasons.setdefault((error.node_operator() or "no operator", reason), []).append(node)
+    lines = []
+    for (operator, reason), nodes in reasons.items():
+        more = f" and {len(nodes) - MOST_NODES} more" if len(nodes) > MOST_NODES else ""
+        lines.append(f"{operator} (node {', '.join(nodes[:MOST_NODES])}{more}): {reason}")
+    if len(lines) > MOST_REASONS:
+        lines[MOST_REASONS:] = [f"and {len(lines) - MOST_REASONS} operators more"]
     raise ModelError(
-        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(shown) or '; '.join(logger.take_errors()[-3:])}. "
+        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or logger.take_errors()[-3:])}. "
         "Leave --engine out: the package's ONNX graphs run it all the same. Or export the model without these operators."
     )
 

@@ -15,6 +15,9 @@ Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """The smallest, the usual and the largest shape of each input: {"ids": ((1, 8), (1, 128), (8, 512))}."""
 
 SYNTAX = "NAME=MIN:OPT:MAX, each like 1x128"
+EMPTY_SYMBOLS = ("?", "unk", "None", "")
+"""What exporters write for an axis that they know nothing of."""
+
 EXAMPLE_SIZES = (1, 8, 64)
 MOST_AXES = 8
 
@@ -124,7 +127,7 @@ def _complete(
             for axis, sizes in zip(
                 value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False
             ):
-                if isinstance(axis, str) and symbols.setdefault(axis, sizes) != sizes:
+                if isinstance(axis, str) and axis not in EMPTY_SYMBOLS and symbols.setdefault(axis, sizes) != sizes:
                     raise InputError(
                         f"profile {number} gives the axis {axis!r} of the input {name!r} the sizes {_sizes(sizes)}, and "
                         f"{_sizes(symbols[axis])} in another input. Equal symbols are equal sizes: give the same."
@@ -179,7 +182,7 @@ def _missing(values: list[Value], why: str) -> InputError:
                 for axis in value.shape or (None,)
             ]
             shapes.append(_axes(axes))
-        options.append(f"--profile {value.name}={':'.join(shapes)}")
+        options.append(f"--profile '{value.name}={':'.join(shapes)}'" if ' ' in value.name else f"--profile {value.name}={':'.join(shapes)}")
     return InputError(
         f"inputs of the model have shapes that are not fixed, and {why}: {named}. TensorRT needs the smallest, the usual "
         f"and the largest shape of each, for example {' '.join(options)} (inputs with the same symbols may be left out)."
