@@ -42,6 +42,7 @@ OUT_OF_MEMORY = re.compile(
 )
 
 SAYS_NOTHING = ("", "false")
+NO_PLUGIN = "Plugin not found"
 
 DTYPES = {
     "FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
@@ -175,8 +176,8 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
         error = parser.get_error(index)
         reason = error.desc().strip()
         code = str(error.code()).rpartition(".")[2]
-        if reason in SAYS_NOTHING:
-            reason = "TensorRT does not have it" if code == "UNSUPPORTED_NODE" else code
+        if reason in SAYS_NOTHING or NO_PLUGIN in reason:
+            reason = "TensorRT does not have it" if code == "UNSUPPORTED_NODE" or NO_PLUGIN in reason else code
         node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
         reasons.setdefault((error.node_operator() or "no operator", reason), []).append(node)
     lines = []
