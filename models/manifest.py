@@ -199,7 +199,7 @@ class Engine(_Part):
     weights_bytes: Bytes = 0
     """Bytes of it; 0 where it is not known."""
     aligned: Bytes = 0
-    """The bytes of weights, but for the end of the last tensor, are a multiple of this: trunks of fine-tunes lie alike. 0: not."""
+    """`weights_bytes`, but for the end of the last tensor, is a multiple of this: trunks of fine-tunes lie alike. 0: not."""
     streaming: bool = False
     """Whether weights can be streamed from host memory (WEIGHT_STREAMING)."""
     notes: tuple[str, ...] = ()

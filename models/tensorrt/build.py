@@ -177,7 +177,9 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
         reason = error.desc().strip()
         code = str(error.code()).rpartition(".")[2]
         if reason in SAYS_NOTHING or NO_PLUGIN in reason:
-            reason = "TensorRT does not have it" if code == "UNSUPPORTED_NODE" or NO_PLUGIN in reason else code
+            reason = (
+                "TensorRT does not have it" if code == "UNSUPPORTED_NODE" or NO_PLUGIN in reason else code
+            )
         node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
         reasons.setdefault((error.node_operator() or "no operator", reason), []).append(node)
     lines = []

@@ -127,7 +127,11 @@ def _complete(
             for axis, sizes in zip(
                 value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False
             ):
-                if isinstance(axis, str) and axis not in EMPTY_SYMBOLS and symbols.setdefault(axis, sizes) != sizes:
+                if (
+                    isinstance(axis, str)
+                    and axis not in EMPTY_SYMBOLS
+                    and symbols.setdefault(axis, sizes) != sizes
+                ):
                     raise InputError(
                         f"profile {number} gives the axis {axis!r} of the input {name!r} the sizes {_sizes(sizes)}, and "
                         f"{_sizes(symbols[axis])} in another input. Equal symbols are equal sizes: give the same."
@@ -172,17 +176,14 @@ def _check(value: Value, minimum: Shape, usual: Shape, maximum: Shape, *, is_sha
 
 def _missing(values: list[Value], why: str) -> InputError:
     named = ", ".join(str(value) for value in values)
-    sizes: dict[str, int] = {}
     options = []
     for value in values:
-        shapes = []
-        for place in range(3):
-            axes = [
-                axis if isinstance(axis, int) else sizes.setdefault(f"{axis}/{place}", EXAMPLE_SIZES[place])
-                for axis in value.shape or (None,)
-            ]
-            shapes.append(_axes(axes))
-        options.append(f"--profile '{value.name}={':'.join(shapes)}'" if ' ' in value.name else f"--profile {value.name}={':'.join(shapes)}")
+        shapes = [
+            _axes(axis if isinstance(axis, int) else size for axis in value.shape or (None,))
+            for size in EXAMPLE_SIZES
+        ]
+        option = f"{value.name}={':'.join(shapes)}"
+        options.append(f"--profile '{option}'" if " " in option else f"--profile {option}")
     return InputError(
         f"inputs of the model have shapes that are not fixed, and {why}: {named}. TensorRT needs the smallest, the usual "
         f"and the largest shape of each, for example {' '.join(options)} (inputs with the same symbols may be left out)."

@@ -248,7 +248,10 @@ def _weaves(data: Bytes, rows: list[Rows], taken: _Intervals) -> list[Weave]:
             begin = strands[0][0]
             inside = [s for s in strands if s[0] + s[2] <= begin + pitch]
             strands = [s for s in strands if s[0] + s[2] > begin + pitch]
-            if (weave := _weave(begin, pitch, count, inside)) and taken.take(begin, begin + pitch * count):
+            slack = begin + pitch - max(offset + width for offset, _, width in inside)
+            start = min(begin, len(data) - pitch * count)  # a row may begin with other bytes
+            weave = _weave(start, pitch, count, inside) if start >= max(0, begin - slack) else None
+            if weave is not None and taken.take(start, start + pitch * count):
                 made.append(weave)
     return made
 

@@ -113,7 +113,9 @@ def test_models_of_the_zoo_compute_the_same_bits_padded_and_filled(tmp_path, zoo
     onnx.checker.check_model(made)
     assert carrier in expected
     same(expected, run_plain(made, feeds))
-    values = [t for t in made.graph.initializer if t.name.startswith("glake_fill") and len(inline_bytes(t)) == 384]
+    values = [
+        t for t in made.graph.initializer if t.name.startswith("glake_fill") and len(inline_bytes(t)) == 384
+    ]
     assert len(values) == 1
 
 
@@ -133,7 +135,9 @@ LEFT_ALONE = {
     ),
     "no-weight": head(node("MatMul", ["x", "t"], "y"), node("Transpose", ["x"], "t"), weights={}),
     "bias-of-full-size": head(
-        node("MatMul", ["x", "w"], "p"), node("Add", ["p", "b"], "y"), weights={"w": W, "b": matrix(2, (5, 17))}
+        node("MatMul", ["x", "w"], "p"),
+        node("Add", ["p", "b"], "y"),
+        weights={"w": W, "b": matrix(2, (5, 17))},
     ),
     "old-operators": head(node("Gemm", ["x", "w", "b"], "y"), weights={"w": W, "b": B}, opset=9),
     "old-format": head(node("Gemm", ["x", "w", "b"], "y"), weights={"w": W, "b": B}, ir=3),

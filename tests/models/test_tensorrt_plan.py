@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import glake_infer as gi
+from glake_infer import maintenance
 from glake_infer.allocators.errors import DigestMismatchError, InputError, PackageError
 from glake_infer.digest import digest_of
 from glake_infer.models.manifest import Engine, Manifest, Part, Source, Variant, Weight, Woven, run_digest
@@ -58,12 +59,13 @@ class Shelf:
     def package(self, plan, found, name="p.glake"):
         weights = tuple(self.weights)
         size = sum(w.bytes for w in weights)
-        runs = (ManifestRun(first=0, count=len(weights), bytes=size, digest=run_digest(weights)),)
+        run = {"first": 0, "count": len(weights), "bytes": size, "digest": run_digest(weights)}
         graph = b"no graph"
         manifest = Manifest(
             producer="test", source=Source(name="m.onnx", digest=digest_of(b"m")), inputs=(), outputs=(),
             variants={"onnx": Variant(graph="graph.onnx", digest=digest_of(graph), purpose="p")},
-            weights=weights, runs=runs if weights else (), engines={"tensorrt-rtx": self.engine(plan, found)},
+            weights=weights, runs=(ManifestRun(**run),) if weights else (),
+            engines={"tensorrt-rtx": self.engine(plan, found)},
         )  # fmt: skip
         with self.store.using():
             write_package(self.store, self.folder / name, manifest, {"graph.onnx": graph})
@@ -90,7 +92,11 @@ def test_whole_weights_are_the_store_s_own(shelf):
     assert found.section == (3000, len(section)) == weights_section(plan)
     assert found.found == 2 * a.nbytes + b.nbytes
     digests = [w.digest for w in shelf.weights]
-    assert [p.offset for p in found.parts if p.digest in digests] == [3000, 3000 + 16384 + 128, 3000 + 16384 + 768]
+    assert [p.offset for p in found.parts if p.digest in digests] == [
+        3000,
+        3000 + 16384 + 128,
+        3000 + 16384 + 768,
+    ]
     assert sum(found.compressed.values()) == 3000 + 4
     rest = found.objects.keys() - found.compressed.keys()
     assert [found.objects[digest] for digest in rest] == [128 + 40]
@@ -135,7 +141,7 @@ def test_matrices_side_by_side_are_woven(shelf):
 
 
 def test_what_is_woven_with_other_bytes(shelf):
-    """A row has bytes of no weight: before, between and behind."""
+    """A row has bytes of no weight: before, between and behind; the last row ends with the section."""
     q, k = shelf.add(random(64, 64)), shelf.add(random(64, 32))
     f = [random(64, 4), random(64, 8), random(64, 12)]
     section = np.concatenate([q, f[0], k, f[1]], 1).tobytes()
@@ -190,7 +196,16 @@ def test_reading_anywhere(shelf):
     section = os.urandom(100) + np.concatenate([k, q], 1).tobytes() + os.urandom(40) + a.tobytes()
     plan = made_up(section)
     reader = Plan(shelf.package(plan, split(plan, shelf.weights, shelf.store)), "tensorrt-rtx")
-    for offset, size in [(0, 64), (64, 48), (2999, 2), (3099, 1), (3100, 384), (3333, 1000), (0, 10**9), (len(plan), 5)]:
+    for offset, size in [
+        (0, 64),
+        (64, 48),
+        (2999, 2),
+        (3099, 1),
+        (3100, 384),
+        (3333, 1000),
+        (0, 10**9),
+        (len(plan), 5),
+    ]:
         assert reader.read(offset, size) == plan[offset : offset + size]
     for _ in range(200):
         offset, size = int(rng.integers(0, len(plan))), int(rng.integers(0, 9000))
@@ -240,7 +255,7 @@ def flip(data):
     ids=["missing", "truncated", "altered"],
 )
 def test_a_damaged_part_is_named(stored, which, change, error, said):
-    package, found = stored
+    package, _ = stored
     engine = package.manifest.engines["tensorrt-rtx"]
     own = max(engine.objects.keys() - engine.compressed.keys(), key=engine.objects.__getitem__)
     digest = {
@@ -250,9 +265,14 @@ def test_a_damaged_part_is_named(stored, which, change, error, said):
     with pytest.raises(error, match=said) as caught:
         Plan(package, "tensorrt-rtx").to_bytes()
     assert digest in str(caught.value)
-    assert ("the weight 'w0'" if which == "weight" else "a part of the tensorrt-rtx engine") in str(caught.value)
-    with pytest.raises((PackageError, DigestMismatchError), match=digest):
-        list(package.check_present() or package.verify())
+    assert ("the weight 'w0'" if which == "weight" else "a part of the tensorrt-rtx engine") in str(
+        caught.value
+    )
+    report = maintenance.verify(package.store)
+    assert {**report.damaged, **report.missing} == {digest: [str(package.path)]}
+    if change is not flip:  # which only reading finds
+        with pytest.raises((PackageError, DigestMismatchError), match=digest):
+            package.check_present()
 
 
 def test_a_manifest_that_was_altered_and_sealed_anew_is_found(stored):
