@@ -84,13 +84,7 @@ def test_inputs_without_a_profile_are_named_with_the_option_to_give():
     )
     assert "fixed" not in text.replace("that are not fixed", "")
     with pytest.raises(InputError, match=r"profile 2 does not say their shapes: mask"):
-        complete_profiles(
-            [
-                {"ids": ((1, 8), (1, 8), (1, 8)), "mask": ((1, 8), (1, 8), (1, 8))},
-                {"image": ((1, 3, 8, 8),) * 3},
-            ],
-            [MASK, IMAGE, IDS],
-        )
+        complete_profiles([{"ids": ((1, 8),) * 3}, {"fixed": ((1, 8),) * 3}], [MASK, FIXED, IDS])
 
 
 @pytest.mark.parametrize(
