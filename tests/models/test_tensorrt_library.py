@@ -1,0 +1,111 @@
+"""Which TensorRT: what is said where none is installed, and where its messages go."""
+
+import importlib
+import logging
+import sys
+
+import pytest
+
+from glake_infer.allocators.errors import InputError, MissingDependencyError
+from glake_infer.models import doctor
+from glake_infer.models.tensorrt import library
+
+L4, H200 = (doctor.Gpu(0, name, 1 << 34, cc, True) for name, cc in (("L4", "8.9"), ("H200", "9.0")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "said"),
+    [
+        ("tensorrt-rtx", (), r"pip install 'glake-infer\[tensorrt-rtx\]' \(.*without a GPU"),
+        ("tensorrt", (), r"no GPU, which the full TensorRT needs.*glake-infer\[tensorrt-rtx\]"),
+        (
+            "tensorrt-rtx",
+            (L4,),
+            r"pip install 'glake-infer\[tensorrt-rtx\]' \(for this machine's GPU .* 8\.9\)",
+        ),
+        ("tensorrt", (H200,), r"pip install 'glake-infer\[tensorrt\]' \(for this machine's GPU .* 9\.0\)"),
+        ("tensorrt-rtx", (H200,), r"capability 9\.0, for which the engine is tensorrt: pip .*\[tensorrt\]'"),
+        (
+            "tensorrt",
+            (L4,),
+            r"capability 8\.9, for which the engine is tensorrt-rtx: pip .*\[tensorrt-rtx\]'",
+        ),
+        ("tensorrt", (L4, H200), r"pip install 'glake-infer\[tensorrt\]' \(for this machine's GPU"),
+    ],
+)
+def test_what_to_install_for_this_machine(monkeypatch, kind, gpus, said):
+    monkeypatch.setitem(sys.modules, kind.replace("-", "_"), None)  # import raises
+    monkeypatch.setattr(library, "installed", lambda kind: False)
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, "", None))
+    with pytest.raises(MissingDependencyError, match=f"{kind} is not installed here.*{said}"):
+        library.module(kind)
+    with pytest.raises(ImportError):
+        library.version(kind)
+
+
+def test_an_installation_that_is_broken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(library, "installed", lambda kind: True)
+    monkeypatch.setattr(doctor, "find_gpus", lambda: ((), "", None))
+    with pytest.raises(
+        MissingDependencyError, match=r"cannot be imported: .*pip install --force-reinstall tensorrt "
+    ):
+        library.module("tensorrt")
+
+
+def test_kinds():
+    assert library.check_kind("tensorrt") == "tensorrt"
+    with pytest.raises(InputError, match="'trt' is no engine: expected one of tensorrt, tensorrt-rtx"):
+        library.check_kind("trt")
+    assert [library.kind_for(cc) for cc in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")] == [
+        "tensorrt-rtx", "tensorrt", "tensorrt-rtx", "tensorrt-rtx", "tensorrt", "tensorrt", "tensorrt-rtx",
+    ]  # fmt: skip
+    assert {library.kind_for(capability) for capability in library.CARDS.values()} == {"tensorrt-rtx"}
+
+
+@pytest.fixture
+def trt():
+    return (
+        importlib.import_module("tensorrt_rtx")
+        if library.installed("tensorrt-rtx")
+        else pytest.skip("no tensorrt-rtx")
+    )
+
+
+def test_messages_go_to_logging(trt, caplog):
+    told = []
+    logger = library.make_logger(trt, lambda severity, message: told.append((severity, message)))
+    severities = trt.ILogger.Severity
+    with caplog.at_level(logging.DEBUG, library.LOGGER):
+        for name in library.LEVELS:
+            logger.log(getattr(severities, name), f"{name} 100%s {{}}")
+    assert [(r.levelno, r.message) for r in caplog.records] == [
+        (level, f"{name} 100%s {{}}") for name, level in library.LEVELS.items()
+    ]
+    assert [severity for severity, _ in told] == ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO"]
+    assert logger.take_errors() == ["INTERNAL_ERROR 100%s {}", "ERROR 100%s {}"]
+    assert logger.take_errors() == logger.errors == []
+    for number in range(2 * library.MOST_ERRORS):
+        logger.log(severities.ERROR, str(number))
+    assert logger.errors == [str(n) for n in range(library.MOST_ERRORS, 2 * library.MOST_ERRORS)]
+
+
+def test_nothing_is_raised_into_tensorrt(trt, caplog):
+    def fail(severity, message):
+        raise ValueError("a sink that fails")
+
+    library.make_logger(trt, fail).log(trt.ILogger.Severity.ERROR, "x")
+    assert "a message of TensorRT was lost" in caplog.text
+
+
+def test_the_first_logger_stays(trt):
+    """TensorRT keeps a pointer to the first logger of the process."""
+    library.make_logger(trt)
+    first = library._first[trt.__name__]
+    library.make_logger(trt)
+    assert library._first[trt.__name__] is first
+
+
+def test_nothing_of_tensorrt_is_printed_where_logging_was_not_set_up(trt, capfd):
+    library.make_logger(trt).log(trt.ILogger.Severity.ERROR, "quoted in exceptions")
+    assert capfd.readouterr().err == ""
