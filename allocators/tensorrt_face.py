@@ -231,8 +231,9 @@ class TensorRTAllocator:
 
     def _refused(self, error: Exception, what: str) -> None:
         known = error if isinstance(error, GlakeError) else DriverError(f"{what}: {error}")
-        self._state.here.error = known
-        _log.error("refused TensorRT's request (%s): %s", what, error)
+        # Its traceback, in a log's record too, would keep the frames that called TensorRT, and with them engines.
+        self._state.here.error = known.with_traceback(None)
+        _log.error("refused TensorRT's request (%s): %s", what, str(error))
 
     def _allocate(self, size: int, alignment: int, resizable: bool, stream: int) -> int:
         state, here = self._state, self._state.here
