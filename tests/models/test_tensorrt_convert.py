@@ -353,9 +353,9 @@ def test_progress_and_log(tmp_path, caplog):
             progress=lambda *step: told.append(step),
         )  # fmt: skip
     names = {name for name, _, _ in told}
-    assert {"weights", "building engine"} <= names
+    assert {"weights", "engine: building engine"} <= names
     assert all(0 <= done <= total for _, done, total in told)
-    steps = [(done, total) for name, done, total in told if name == "building engine"]
+    steps = [(done, total) for name, done, total in told if name == "engine: building engine"]
     (total,) = {total for _, total in steps}
     assert (steps[0], steps[-1]) == ((0, total), (total, total))
     assert {done for done, _ in steps} == set(range(total + 1))
@@ -372,7 +372,7 @@ def test_an_error_of_progress_ends_the_build(tmp_path, error):
     after = []
 
     def progress(name, done, total):
-        if name == "building engine":
+        if name == "engine: building engine":
             after.append(done)
             raise error
 
@@ -389,7 +389,7 @@ def test_ctrl_c_ends_the_build(tmp_path):
     calls = []
 
     def progress(name, done, total):
-        if name == "building engine":
+        if name == "engine: building engine":
             signal.raise_signal(signal.SIGINT)
             calls.append(done)
 
@@ -502,6 +502,7 @@ def test_inspect_shows_the_engine(family):
         entry.weights_bytes,
     )
     assert engine.own_bytes == sum(entry.objects.values())
+    assert found.notes == entry.notes
     assert found.derived_bytes == sum(
         w.bytes for w in {w.digest: w for w in read_manifest(packages["a"]).weights}.values()
     ) - sum(found.distinct.values())
