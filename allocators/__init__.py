@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .pool import Pool, PoolStats
     from .sizes import format_bytes, parse_bytes
+    from .tensorrt_face import TensorRTAllocator
 
 _HOMES = {
     "DeviceNotFoundError": "errors",
@@ -57,6 +58,7 @@ _HOMES = {
     "StorageFullError": "errors",
     "StoreError": "errors",
     "UnsupportedVersionError": "errors",
+    "TensorRTAllocator": "tensorrt_face",
     "cpu_memory": "devices",
     "format_bytes": "sizes",
     "import_onnxruntime": "attach",
@@ -86,6 +88,7 @@ __all__ = [
     "PoolStats",
     "StorageFullError",
     "StoreError",
+    "TensorRTAllocator",
     "UnsupportedVersionError",
     "cpu_memory",
     "format_bytes",

@@ -41,7 +41,11 @@ Tag parse_tag(const std::string& name) {
   for (std::size_t tag = 0; tag < glake::tag_count; ++tag) {
     if (name == glake::tag_name(static_cast<Tag>(tag))) return static_cast<Tag>(tag);
   }
-  throw nb::value_error(("unknown tag '" + name + "': expected 'activations', 'weights' or 'workspace'").c_str());
+  std::string known;
+  for (std::size_t tag = 0; tag < glake::tag_count; ++tag) {
+    known += (tag == 0 ? "'" : ", '") + std::string(glake::tag_name(static_cast<Tag>(tag))) + "'";
+  }
+  throw nb::value_error(("unknown tag '" + name + "': expected one of " + known).c_str());
 }
 
 PoolOptions parse_options(const std::string& debug, bool wipe, bool ignore_streams) {
@@ -269,17 +273,18 @@ NB_MODULE(_native, module) {
       .def(
           "place_weights",
           [](Pool& self, const std::vector<std::tuple<std::size_t, std::size_t, Weights::Id, bool>>& pieces,
-             const std::string& kind, bool on_host) {
+             const std::string& kind, bool on_host, const std::string& tag) {
             std::vector<Weights::Piece> parsed;
             for (const auto& [bytes, requested, shared, adds] : pieces) {
               parsed.push_back({bytes, requested, shared, adds, on_host});
             }
-            const auto place = self.place_weights(parsed, parse_kind(kind));
+            const auto place = self.place_weights(parsed, parse_kind(kind), parse_tag(tag));
             return std::make_tuple(place.region, place.address, place.chunks);
           },
-          "pieces"_a, "kind"_a, "on_host"_a = false,
+          "pieces"_a, "kind"_a, "on_host"_a = false, "tag"_a = "weights",
           "(bytes, bytes of weights in it, a chunk to share or 0, whether beside others' weights) each.", Unlocked())
       .def("remove_region", &Pool::remove_region, "region"_a, Unlocked())
+      .def("replace", &Pool::replace, "region"_a, "index"_a, "chunk"_a, Unlocked())
       .def("resident_in", &Pool::resident_in, "region"_a, Unlocked())
       .def(
           "add_user",
@@ -296,6 +301,7 @@ NB_MODULE(_native, module) {
           "user"_a, "later"_a = false, "Returns the chunks to load; with `later` make() gives them memory.", Unlocked())
       .def("address_of", &Pool::address_of, "chunk"_a, Unlocked())
       .def("size_of", &Pool::size_of, "chunk"_a, Unlocked())
+      .def("handle_of", &Pool::handle_of, "chunk"_a, Unlocked())
       .def("begin_writing", &Pool::begin_writing, "chunk"_a, Unlocked())
       .def("end_writing", &Pool::end_writing, "chunk"_a, "address"_a, Unlocked())
       .def("map_weights", &Pool::map_weights, "chunk"_a, "descriptor"_a, "size"_a, Unlocked())
@@ -336,8 +342,10 @@ NB_MODULE(_native, module) {
       .def("set_quota", &Pool::set_quota, "quota"_a, Unlocked())
       .def(
           "loaded",
-          [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.loaded(user, chunks); },
-          "user"_a, "chunks"_a, Unlocked())
+          [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks, bool writable) {
+            self.loaded(user, chunks, writable);
+          },
+          "user"_a, "chunks"_a, "writable"_a = false, Unlocked())
       .def(
           "load_failed",
           [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.load_failed(user, chunks); },

@@ -786,9 +786,9 @@ void Pool::deactivate(std::size_t bytes, std::size_t requested, std::uint32_t ho
   usage_.requested -= requested;
 }
 
-Weights::Placement Pool::place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind) {
+Weights::Placement Pool::place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind, Tag tag) {
   const Operation operation(*this);
-  const auto holder = static_cast<std::uint32_t>(thread_label() * tag_count + static_cast<std::size_t>(Tag::weights));
+  const auto holder = static_cast<std::uint32_t>(thread_label() * tag_count + static_cast<std::size_t>(tag));
   Weights::Placement placement = resident_.place(pieces, kind, holder);
   verify();
   return placement;
@@ -797,6 +797,12 @@ Weights::Placement Pool::place_weights(std::span<const Weights::Piece> pieces, W
 void Pool::remove_region(Weights::Id region) {
   const Operation operation(*this);
   resident_.remove_region(region);
+  verify();
+}
+
+void Pool::replace(Weights::Id region, std::size_t index, Weights::Id chunk) {
+  const Operation operation(*this);
+  resident_.replace(region, index, chunk);
   verify();
 }
 
@@ -905,6 +911,11 @@ std::size_t Pool::size_of(Weights::Id chunk) const {
   return resident_.bytes(chunk);
 }
 
+std::uint64_t Pool::handle_of(Weights::Id chunk) const {
+  const Operation operation(*this);
+  return resident_.handle(chunk);
+}
+
 Address Pool::begin_writing(Weights::Id chunk) {
   const Operation operation(*this);
   return resident_.begin_writing(chunk);
@@ -987,9 +998,9 @@ std::vector<Weights::Id> Pool::give_up(std::span<const Weights::Id> chunks) {
   return done;
 }
 
-void Pool::loaded(Weights::Id user, std::span<const Weights::Id> chunks) {
+void Pool::loaded(Weights::Id user, std::span<const Weights::Id> chunks, bool writable) {
   const Operation operation(*this);
-  resident_.loaded(user, chunks);
+  resident_.loaded(user, chunks, writable);
   resident_changed_.notify_all();
   verify();
 }

@@ -85,14 +85,20 @@
 namespace glake {
 
 // What memory is for.
-enum class Tag : std::uint8_t { activations, weights, workspace };
-inline constexpr std::size_t tag_count = 3;
+enum class Tag : std::uint8_t { activations, weights, workspace, context, scratch, outputs };
+inline constexpr std::size_t tag_count = 6;
 [[nodiscard]] constexpr const char* tag_name(Tag tag) noexcept {
   switch (tag) {
     case Tag::weights:
       return "weights";
     case Tag::workspace:
       return "workspace";
+    case Tag::context:
+      return "context";
+    case Tag::scratch:
+      return "scratch";
+    case Tag::outputs:
+      return "outputs";
     default:
       return "activations";
   }
@@ -220,8 +226,10 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   // Weights that come and go at addresses that stay: see weights.hpp, whose functions these are. A use begins when
   // begin_use() returns, and it waits for room, and for chunks that other threads load. Besides what is said there they
   // throw ForkedProcess, and begin_use() and make() OutOfMemoryError.
-  [[nodiscard]] Weights::Placement place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind);
+  [[nodiscard]] Weights::Placement place_weights(std::span<const Weights::Piece> pieces, Weights::Kind kind,
+                                                 Tag tag = Tag::weights);
   void remove_region(Weights::Id region);
+  void replace(Weights::Id region, std::size_t index, Weights::Id chunk);
   [[nodiscard]] std::size_t resident_in(Weights::Id region) const;
   [[nodiscard]] Weights::Id add_user(std::span<const Weights::Id> chunks, bool evictable, int priority);
   void remove_user(Weights::Id user);
@@ -232,6 +240,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
                                                    const std::function<void()>& poll = {});
   [[nodiscard]] Address address_of(Weights::Id chunk) const;
   [[nodiscard]] std::size_t size_of(Weights::Id chunk) const;
+  [[nodiscard]] std::uint64_t handle_of(Weights::Id chunk) const;
   [[nodiscard]] Address begin_writing(Weights::Id chunk);
   void end_writing(Weights::Id chunk, Address address);
   void map_weights(Weights::Id chunk, int descriptor, std::size_t bytes);
@@ -245,7 +254,7 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   [[nodiscard]] std::size_t shared_busy() const;
   [[nodiscard]] std::size_t running() const;
   [[nodiscard]] std::vector<Weights::Id> give_up(std::span<const Weights::Id> chunks);
-  void loaded(Weights::Id user, std::span<const Weights::Id> chunks);
+  void loaded(Weights::Id user, std::span<const Weights::Id> chunks, bool writable = false);
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);
   void end_use(Weights::Id user);
   // Waits until the user is not busy; uses that begin meanwhile wait until it is suspended, and then load it again.

@@ -8,12 +8,12 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from . import torch_face
+from . import tensorrt_providers, torch_face
 from .attach import Initializer, Initializers, InitializerTuple, attach, require_cuda_provider
 from .devices import cpu_memory, parse_device
 from .errors import (
@@ -218,6 +218,27 @@ class Pool:
         require_cuda_provider()
         index = int(self._device.partition(":")[2])
         return [("CUDAExecutionProvider", {"device_id": index}), "CPUExecutionProvider"]
+
+    def providers_with(
+        self, tensorrt: Literal["tensorrt", "tensorrt-rtx"], options: Mapping[str, Any] | None = None
+    ) -> list[str | tuple[str, dict[str, Any]]]:
+        """`providers`, with one of ONNX Runtime's own TensorRT providers in front; for sessions that are attached.
+
+        What it does not take from the session's allocator, and so from this pool, is outside the limit and not shared: the
+        weights of its engines above all. docs/tensorrt.md has the list, and says what was run. Libraries that pip
+        installed are loaded, and TensorRT-RTX's provider stays registered with ONNX Runtime: do not unregister it.
+
+        Args:
+            tensorrt: "tensorrt": TensorrtExecutionProvider, which onnxruntime-gpu has. "tensorrt-rtx":
+                NvTensorRTRTXExecutionProvider, of the package onnxruntime-ep-nv-tensorrt-rtx.
+            options: its options (`trt_engine_cache_enable`, `nv_profile_min_shapes`, ...). With its CUDA graphs attach with
+                `cuda_graph=True`. `trt_context_memory_sharing_enable` is refused: it uses memory that was given back.
+
+        Raises `InputError` (a pool on "cpu", an option that a pool cannot have), `MissingDependencyError` with the command
+        to run, `DeviceNotFoundError` where TensorRT-RTX's provider serves no GPU here, and `GlakeError` if ONNX Runtime
+        could not load it. Nothing that sessions use has changed then.
+        """
+        return tensorrt_providers.providers_with(tensorrt, self._device, options)
 
     def attach(
         self,

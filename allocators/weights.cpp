@@ -109,6 +109,55 @@ void Weights::take_out(Region& region, std::size_t count) {
   }
 }
 
+void Weights::replace(Id region, std::size_t index, Id by) {
+  Region& found = find(regions_, region);
+  if (index >= found.chunks.size()) {
+    throw InvalidPointer("region " + std::to_string(region) + " has no chunk " + std::to_string(index));
+  }
+  const Id id = found.chunks[index];
+  if (id == by) return;
+  Chunk& old = find(chunks_, id);
+  Chunk& chunk = find(chunks_, by);
+  for (const Chunk* each : {&old, &chunk}) {
+    if (each->kind != Kind::memory || each->on_host || each->state != State::resident || each->bytes != chunk.bytes) {
+      throw InvalidPointer("chunk " + std::to_string(by) + " cannot take the place of chunk " + std::to_string(id));
+    }
+  }
+  if (old.places.size() != 1 || !chunk.frozen) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " lies in other regions too, or chunk " + std::to_string(by) +
+                         " can still be written to");
+  }
+  const Address place = old.places.front();
+  chunk.places.reserve(chunk.places.size() + 1);
+  chunk.users.reserve(chunk.users.size() + old.users.size());
+  memory_.unmap(place, old.bytes);
+  try {
+    memory_.map(place, chunk.physical->handle(), Access::read_only);
+  } catch (...) {
+    memory_.map(place, old.physical->handle(), old.frozen ? Access::read_only : Access::read_write);
+    throw;
+  }
+  if (!old.users.empty()) {
+    if (chunk.users.empty()) activate(chunk);
+    deactivate(old);
+  }
+  for (User* user : old.users) {
+    const auto mine = std::find(user->chunks.begin(), user->chunks.end(), &old);
+    if (std::find(user->chunks.begin(), user->chunks.end(), &chunk) != user->chunks.end()) {
+      user->chunks.erase(mine);
+    } else {
+      *mine = &chunk;
+      chunk.users.push_back(user);
+    }
+  }
+  chunk.places.push_back(place);
+  found.chunks[index] = by;
+  reserved_ -= old.bytes;
+  budget_.unreserve(old.bytes, false);
+  chunks_.erase(id);
+  request(chunk, requested_of(chunk));
+}
+
 std::size_t Weights::resident_in(Id region) const {
   std::size_t bytes = 0;
   for (const Id id : find(regions_, region).chunks) {
@@ -531,6 +580,14 @@ void Weights::adopt(Id id, int descriptor) {
 
 std::size_t Weights::bytes(Id chunk) const { return find(chunks_, chunk).bytes; }
 
+std::uint64_t Weights::handle(Id id) const {
+  const Chunk& chunk = find(chunks_, id);
+  if (!chunk.physical || chunk.state != State::resident) {
+    throw InvalidPointer("chunk " + std::to_string(id) + " is not there: it has no handle");
+  }
+  return chunk.physical->handle().value;
+}
+
 int Weights::descriptor(Id id) const {
   const Chunk& chunk = find(chunks_, id);
   if (!chunk.shared() || !chunk.physical) throw InvalidPointer("chunk " + std::to_string(id) + " has no descriptor");
@@ -544,12 +601,13 @@ std::vector<Weights::Gone> Weights::take_gone() {
   return gone;
 }
 
-void Weights::loaded(Id, std::span<const Id> ids) {
-  std::vector<Id> writable;
+void Weights::loaded(Id, std::span<const Id> ids, bool writable) {
+  std::vector<Id> done;
   for (const Id id : ids) {
-    if (find(chunks_, id).kind != Kind::file) writable.push_back(id);
+    const Kind kind = find(chunks_, id).kind;
+    if (kind != Kind::file && !(writable && kind == Kind::memory)) done.push_back(id);
   }
-  freeze(writable);
+  freeze(done);
   for (const Id id : ids) {
     Chunk& chunk = find(chunks_, id);
     chunk.state = State::resident;

@@ -98,6 +98,10 @@ class Weights {
   // Gives a region back, whose addresses nobody uses any more. Throws InvalidPointer where a chunk that lies nowhere
   // else has a user, DriverError.
   void remove_region(Id region);
+  // Maps `by` in the place of a region's chunk that lies nowhere else and has the same bytes: users of that one have
+  // `by` from now on, and its memory is given back. Both are resident, of kind memory, equal in size, and not on the
+  // host. The device has done whatever was queued that touches the place. Throws InvalidPointer, DriverError.
+  void replace(Id region, std::size_t index, Id by);
   // Bytes of the region's chunks that are not absent.
   [[nodiscard]] std::size_t resident_in(Id region) const;
 
@@ -115,7 +119,8 @@ class Weights {
     std::size_t bytes = 0;
   };
   [[nodiscard]] std::optional<std::vector<Id>> begin(Id user, bool later = false);
-  void loaded(Id user, std::span<const Id> chunks);
+  // They are resident, and read-only but for those of kind memory that are to stay writable: until freeze().
+  void loaded(Id user, std::span<const Id> chunks, bool writable = false);
   // They are absent again, and the use has ended; with it the only one, the user is as after suspend().
   void failed(Id user, std::span<const Id> chunks) noexcept;
   void end(Id user);
@@ -140,6 +145,8 @@ class Weights {
   // Gives a loading chunk of kind shared the frozen memory of a descriptor, which is the chunk's from now on.
   void adopt(Id chunk, int descriptor);
   [[nodiscard]] std::size_t bytes(Id chunk) const;
+  // The driver's handle of a chunk that is there, for others to map; it stays the chunk's.
+  [[nodiscard]] std::uint64_t handle(Id chunk) const;
   // The descriptor of a shared chunk's memory.
   [[nodiscard]] int descriptor(Id chunk) const;
 

@@ -27,6 +27,15 @@ class Sharing(StrEnum):
     LEAN = "lean"
 
 
+class Engine(StrEnum):
+    """What runs a package; see `gi.load`."""
+
+    AUTO = "auto"
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT_RTX = "tensorrt-rtx"
+    TENSORRT = "tensorrt"
+
+
 @command
 def run(
     models: Annotated[
@@ -85,6 +94,16 @@ def run(
             help="On a GPU, keep weights of each model in host memory: what does not fit (auto), or at least 6GiB, say.",
         ),
     ] = "none",
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What runs packages that have a TensorRT engine; auto: on a GPU, the engine."),
+    ] = Engine.AUTO,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Runs of one engine at once. Default: --threads.", show_default=False
+        ),
+    ] = None,
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the last outputs to DIR/MODEL.npz.", show_default=False),
@@ -97,6 +116,8 @@ def run(
     Inputs that no --input feeds are generated; axes without a size are 1 unless --shape says more. MODEL:
     before an input's name is a model's name or number (1, 2, ...); without it every model with such an input
     is meant.
+
+    A package with a TensorRT engine (convert --engine) runs it on a GPU, and its graph on the CPU.
 
     An .onnx model is converted to a temporary package that is removed once it is loaded; its weights stay in
     the store until the next `store gc`.
@@ -116,6 +137,8 @@ def run(
             broker=broker,
             intra_op=intra_op,
             offload=offload,
+            engine=engine.value,
+            concurrency=concurrency,
             save=save,
             seed=seed,
             progress=progress,

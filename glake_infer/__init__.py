@@ -19,6 +19,7 @@ _HOMES = {
     "DigestMismatchError": "allocators.errors",
     "DriverError": "allocators.errors",
     "EngineOptions": "models.tensorrt.options",
+    "EngineWeights": "engine_weights",
     "ForkedProcessError": "allocators.errors",
     "GlakeError": "allocators.errors",
     "InputError": "allocators.errors",
@@ -40,6 +41,7 @@ _HOMES = {
     "Runtime": "models.runtime",
     "Store": "store",
     "StoreError": "allocators.errors",
+    "TensorRTAllocator": "allocators.tensorrt_face",
     "TransferSettings": "transfers.settings",
     "UnsupportedVersionError": "allocators.errors",
     "Value": "models.manifest",
@@ -79,6 +81,8 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
     )
     from glake_infer.allocators.pool import PoolStats
+    from glake_infer.allocators.tensorrt_face import TensorRTAllocator
+    from glake_infer.engine_weights import EngineWeights
     from glake_infer.models.archive import export_archive, import_archive
     from glake_infer.models.convert import ConvertReport, convert
     from glake_infer.models.device_array import DeviceArray

@@ -20,6 +20,11 @@ LEGACY_STREAM = 1
 """The legacy default stream's handle, in the driver, in DLPack and in the CUDA array interface."""
 
 
+def current(index: int) -> contextlib.AbstractContextManager[None]:
+    """Make the primary context of GPU `index` this thread's inside the block, for libraries that use what is current."""
+    return _context(index)
+
+
 def synchronize(index: int, stream: int) -> None:
     """Wait on the host until all work queued so far on a stream of GPU `index` is done.
 
@@ -28,6 +33,16 @@ def synchronize(index: int, stream: int) -> None:
     driver = _driver()
     with _context(index):
         _check("cuStreamSynchronize", driver.cuStreamSynchronize(stream), f"waiting for stream {stream:#x}")
+
+
+def synchronize_all(index: int) -> None:
+    """Wait on the host until all work queued so far on GPU `index`, on any stream, is done.
+
+    Raises DriverError, as `synchronize` does. A capture that goes on meanwhile may break.
+    """
+    driver = _driver()
+    with _context(index):
+        _check("cuCtxSynchronize", driver.cuCtxSynchronize(), f"waiting for cuda:{index}")
 
 
 def copy_to_host(index: int, address: int, target: np.ndarray[Any, Any]) -> None:
@@ -78,6 +93,52 @@ def queue_to_host(index: int, address: int, source: int, size: int, stream: int)
     with _context(index):
         what = f"copying {size} bytes from cuda:{index} to the host"
         _check("cuMemcpyDtoHAsync", driver.cuMemcpyDtoHAsync(address, source, size, stream), what)
+
+
+def queue_within(index: int, address: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes from `source` to `address`, both on GPU `index`."""
+    driver = _driver()
+    with _context(index):
+        what = f"copying {size} bytes on cuda:{index}"
+        _check("cuMemcpyDtoDAsync", driver.cuMemcpyDtoDAsync(address, source, size, stream), what)
+
+
+def begin_capture(index: int, stream: int) -> None:
+    """Begin to capture into a graph what this thread queues on a stream. Other threads go on as they are."""
+    driver = _driver()
+    with _context(index):
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _check("cuStreamBeginCapture", driver.cuStreamBeginCapture(stream, mode), "beginning a capture")
+
+
+def end_capture(index: int, stream: int, *, keep: bool = True) -> int:
+    """End a capture and return the handle of the executable graph; 0 where it was broken, or is not to be kept."""
+    driver = _driver()
+    with _context(index):
+        code, graph = driver.cuStreamEndCapture(stream)
+        if code.value or not graph:
+            return 0
+        try:
+            if not keep:
+                return 0
+            result = driver.cuGraphInstantiate(graph, 0)
+            return int(_check("cuGraphInstantiate", result, "making a captured graph ready"))
+        finally:
+            driver.cuGraphDestroy(graph)
+
+
+def launch_graph(index: int, graph: int, stream: int) -> None:
+    """Queue an executable graph on a stream."""
+    driver = _driver()
+    with _context(index):
+        _check("cuGraphLaunch", driver.cuGraphLaunch(graph, stream), "launching a captured graph")
+
+
+def destroy_graph(index: int, graph: int) -> None:
+    """Destroy an executable graph; what is queued of it still runs."""
+    driver = _driver()
+    with _context(index):
+        _check("cuGraphExecDestroy", driver.cuGraphExecDestroy(graph), "destroying a captured graph")
 
 
 def allocate_pinned(index: int, size: int) -> int:

@@ -247,6 +247,14 @@ class Holding:
         self._table._refuse_child()
         return self._table._weigh(self, patience)
 
+    def wake(self) -> None:
+        """Be awake, without a use, where all of it is there."""
+        self._native.begin_use(self._number)
+        self._native.end_use(self._number)
+
+    def released(self) -> None:
+        """The references were given back, under the table's lock: for what is to be done besides."""
+
     def close(self, *, wait: bool = True) -> None:
         """Give the references back, once the uses in progress have ended. Closing twice is fine.
 

@@ -44,7 +44,7 @@ from glake_infer.allocators.errors import (
 )
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import AlteredObjectError, Checker, File
-from glake_infer.digest import is_digest
+from glake_infer.digest import digest_of, is_digest
 from glake_infer.holding import Holding, HostCopy, Weighed
 from glake_infer.sharing.address import BrokerAddress, share_for
 from glake_infer.sharing.protocol import RegionSpec, WeightSpec
@@ -81,6 +81,8 @@ TELLING = 8 << 20
 class Wanted:
     """A weight that a model asks for: an object of `folder`, of whose `length` bytes the first `mapped` are used.
 
+    Without a folder it is a chunk of an engine's weights (glake_infer/engine_weights.py).
+
     `group`, `pieces` and `edges` are what glake_infer/layout.py lays it out by. `by_file`: it is used through its file,
     which somebody else maps too, and so never copied. `on_host`: its copy is to lie in memory of the host, unless a model
     has one already; not where a broker holds the weights.
@@ -89,7 +91,7 @@ class Wanted:
     digest: str
     length: int
     mapped: int
-    folder: ObjectFolder
+    folder: ObjectFolder | None
     group: Hashable = None
     pieces: tuple[str, ...] = ()
     edges: tuple[int, ...] = ()
@@ -99,6 +101,7 @@ class Wanted:
     @functools.cached_property
     def file(self) -> File:
         """Its file, to be checked."""
+        assert self.folder, "a part of an engine's weights has no file of its own"
         return File(self.folder.path(self.digest), self.digest, self.length, self.folder.store_root)
 
 
@@ -172,6 +175,11 @@ class Region:
     entries: set[str] = field(default_factory=set)
     references: int = 0
     on_host: bool = False
+    files: dict[str, File] = field(default_factory=dict)
+    """Of an engine's block, whose chunks hold parts of objects: the objects' files, by their digests."""
+    of_engine: bool = False
+    ended: bool = False
+    """The engine is gone. The region goes once nobody compares with its chunks."""
 
 
 @dataclass
@@ -310,9 +318,8 @@ class Residency:
                     entries = [self._entries[digest] for digest in items]
                     chunks = list(dict.fromkeys(chunk for entry in entries for chunk in entry.chunks))
                     number = self._native.add_user(chunks, evictable, priority)
-                    for entry in entries:
-                        entry.users[user] = entry.users.get(user, 0) + 1
-                        entry.region.references += 1
+                    for digest in items:
+                        self.refer(digest, user)
                     addresses = {digest: entry.address for digest, entry in zip(items, entries, strict=True)}
                     holding = Holding(
                         self, self._native, number, user, addresses, tuple(chunks), host_copy, priority
@@ -669,10 +676,60 @@ class Residency:
             entry.users[holding.user] -= 1
             if not entry.users[holding.user]:
                 del entry.users[holding.user]
-            of_file = entry.wanted.by_file or not self._copies
+            of_file = (entry.wanted.by_file or not self._copies) and not entry.region.of_engine
             if not entry.region.references and (of_file or not entry.region.number):
                 self._remove(entry.region)
+        holding.released()
         self._sweep()
+
+    def enter_chunk(self, digest: str, region: Region, chunk: int, address: int, size: int) -> str:
+        """Enter a chunk of an engine's block, `size` bytes at `address`; returns its name. Under the lock."""
+        self._regions.setdefault(region.number, region)
+        self._numbers.add(region.number)
+        region.of_engine = True
+        self._owners.setdefault(chunk, []).append(region)
+        there = self._entries.get(digest)
+        if there and there.chunks != (chunk,):  # the same bytes twice
+            digest = digest_of(f"{digest} {chunk}".encode())
+            there = self._entries.get(digest)
+        if there is None:
+            self._entries[digest] = _Entry(Wanted(digest, size, size, None), address, region, (chunk,))
+            region.entries.add(digest)
+        return digest
+
+    def refer(self, digest: str, user: int) -> None:
+        """Count a reference of `user` on an entry. Under the lock."""
+        entry = self._entries[digest]
+        entry.users[user] = entry.users.get(user, 0) + 1
+        entry.region.references += 1
+
+    def keep_region(self, region: Region) -> None:
+        """Keep an engine's region until `leave_region`: its chunks are about to be used. Under the lock."""
+        region.references += 1
+
+    def leave_region(self, region: Region) -> None:
+        """The end of `keep_region`. Under the lock."""
+        region.references -= 1
+        if region.ended:
+            self.end_region(region)
+
+    def end_region(self, region: Region) -> None:
+        """An engine's block is given back: what others have of it is theirs from now on. Under the lock."""
+        region.ended = True
+        for digest in list(region.entries):
+            entry = self._entries[digest]
+            heirs = [each for each in self._owners[entry.chunks[0]] if each is not region and not each.ended]
+            if not entry.users or not heirs:
+                continue
+            count = sum(entry.users.values())
+            region.references -= count
+            entry.region = heirs[0]
+            entry.region.references += count
+            entry.address = heirs[0].starts[heirs[0].chunks.index(entry.chunks[0])]
+            region.entries.discard(digest)
+            heirs[0].entries.add(digest)
+        if not region.references:
+            self._remove(region)
 
     def _sweep(self) -> None:
         """Forget regions that nobody needs and that the pool has emptied."""
@@ -780,7 +837,9 @@ class Residency:
                         continue
                     owners = self._owners[chunk]
                     mine = [owner for owner in owners if owner in holding.regions]
-                    if mine[0].parted or mine[0].spec:  # versions have the same bytes there
+                    if (
+                        mine[0].parted or mine[0].spec or mine[0].of_engine
+                    ):  # versions have the same bytes there
                         mine = mine[:1]
                     elif others := [owner for owner in owners if owner not in holding.regions]:
                         self._unfilled[chunk] = others + mine  # each model reads its own files only
@@ -793,7 +852,11 @@ class Residency:
                 entries = [self._entries.get(d) for d in dict.fromkeys(part.path.name for part in parts)]
                 items = [e.wanted for e in entries if e and not self._shares(e.wanted)]
             files = [item.file for item in items]
-            if not self._copies or any(item.by_file for item in items):
+            of_engine = {owner for _, owner in filled if owner.of_engine}
+            if of_engine:
+                by_digest = {digest: file for owner in of_engine for digest, file in owner.files.items()}
+                files = [by_digest[digest] for digest in dict.fromkeys(part.path.name for part in parts)]
+            if not of_engine and (not self._copies or any(item.by_file for item in items)):
                 yield
                 self._checker.check(files)
                 for chunk, part in zip(chunks, parts, strict=True):
@@ -1043,7 +1106,7 @@ def specs_of(items: Iterable[Wanted]) -> list[WeightSpec]:
             digest=item.digest,
             length=item.length,
             mapped=item.mapped,
-            path=str(item.folder.path(item.digest).absolute()),
+            path=str(item.file.path.absolute()),
             group=groups.setdefault(item.group, len(groups)),
             pieces=list(item.pieces),
             edges=list(item.edges),

@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glake_infer import cuda
-from glake_infer.allocators.errors import GlakeError
-from glake_infer.models.interchange import DLPACK_CPU, DLPACK_CUDA, Borrowed, correct_bool
+from glake_infer.allocators.errors import ForkedProcessError, GlakeError
+from glake_infer.allocators.pool import Pool
+from glake_infer.models.interchange import DLPACK_CPU, DLPACK_CUDA, Borrowed, correct_bool, export
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+
+class OrtMemory:
+    """A tensor of ONNX Runtime's: an OrtValue."""
+
+    def __init__(self, value: ort.OrtValue) -> None:
+        """Take the value over."""
+        self._value = value
+        self.shape = tuple(int(size) for size in value.shape())
+
+    @property
+    def address(self) -> int:
+        """Of the first element."""
+        return int(self._value.data_ptr())
+
+    def to_dlpack(self, array: DeviceArray) -> Any:
+        """A capsule that keeps the memory alive; raises BufferError for a type that ONNX Runtime cannot export."""
+        try:
+            capsule = self._value._ortvalue.to_dlpack()
+        except (RuntimeError, AttributeError) as error:
+            raise BufferError(f"ONNX Runtime cannot export {array.dtype} through DLPack: {error}") from error
+        return correct_bool(capsule) if array.dtype == np.bool_ else capsule
+
+
+class PoolMemory:
+    """A block of a pool that goes back when this object is dropped, in any thread."""
+
+    def __init__(self, pool: Pool, address: int, shape: tuple[int, ...]) -> None:
+        """Take over what `pool.allocate` returned. Work that uses it is done, or queued on the stream of the allocation."""
+        self.address = address
+        self.shape = shape
+        weakref.finalize(self, _give_back, pool, address).atexit = False  # as sessions', it is leaked at exit
+
+    def to_dlpack(self, array: DeviceArray) -> Any:
+        """A capsule that keeps the memory alive."""
+        return export(array.borrowed())
+
+
+def _give_back(pool: Pool, address: int) -> None:
+    with contextlib.suppress(ForkedProcessError):  # in a child of fork() it is the parent's
+        pool.deallocate(address)
 
 
 class DeviceArray:
@@ -29,12 +73,12 @@ class DeviceArray:
     stream that you queued it on), and not just until it is queued.
     """
 
-    def __init__(self, value: ort.OrtValue, dtype: np.dtype[Any], device: str) -> None:
-        """Take over an OrtValue that is a tensor of `dtype` on `device`; for `Model.run`."""
-        self._value = value
+    def __init__(self, memory: OrtMemory | PoolMemory, dtype: np.dtype[Any], device: str) -> None:
+        """Take over memory that holds a tensor of `dtype` on `device`; for `Model.run`."""
+        self._memory = memory
         self._device = device
         self._dtype = dtype
-        self._shape = tuple(int(size) for size in value.shape())
+        self._shape = memory.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +113,7 @@ class DeviceArray:
     @property
     def address(self) -> int:
         """Of the first element; 0 where there is none."""
-        return int(self._value.data_ptr()) if self.size else 0
+        return self._memory.address if self.size else 0
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """Copy the data to the host. The result is yours and holds none of the pool's memory.
@@ -86,7 +130,7 @@ class DeviceArray:
     def borrowed(self) -> Borrowed:
         """This array as an input of another run: nothing to wait for."""
         strides = tuple(math.prod(self._shape[axis + 1 :]) for axis in range(self.ndim))
-        return Borrowed(self._device, self.address, self._dtype, self._shape, strides, self._value)
+        return Borrowed(self._device, self.address, self._dtype, self._shape, strides, self._memory)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """DLPack's (device type, device id)."""
@@ -103,7 +147,7 @@ class DeviceArray:
         """Export the memory, without a copy, as a DLPack capsule (of the unversioned kind).
 
         `stream` need not wait for anything: the data is complete. Raises BufferError for a copy, another device, or
-        a type that ONNX Runtime cannot export (float8).
+        a type that ONNX Runtime cannot export (float8; engines' outputs can be of it).
         """
         del stream, max_version
         if copy:
@@ -112,11 +156,7 @@ class DeviceArray:
             raise BufferError(
                 f"the array lies on {self._device} and is exported only there; `.numpy()` copies it"
             )
-        try:
-            capsule = self._value._ortvalue.to_dlpack()
-        except (RuntimeError, AttributeError) as error:
-            raise BufferError(f"ONNX Runtime cannot export {self._dtype} through DLPack: {error}") from error
-        return correct_bool(capsule) if self._dtype == np.bool_ else capsule
+        return self._memory.to_dlpack(self)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

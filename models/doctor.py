@@ -23,11 +23,13 @@ from pathlib import Path
 from glake_infer.allocators.devices import cpu_memory
 from glake_infer.allocators.errors import InputError
 from glake_infer.allocators.sizes import format_bytes
+from glake_infer.models.tensorrt import packages as tensorrt
+from glake_infer.models.tensorrt.packages import Installed, Need
 from glake_infer.store import default_root
 from glake_infer.transfers.settings import transfer_settings
 from glake_infer.version import __version__
 
-PACKAGES = ("onnx", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-python", "tensorrt", "tensorrt-rtx")
+PACKAGES = ("onnx", "numpy", "onnxruntime", "onnxruntime-gpu", "cuda-python")
 NEEDED_ON_CUDA = (1, 27)
 """The oldest ONNX Runtime whose CUDA sessions a pool serves."""
 CUDA_ERRORS = {
@@ -88,6 +90,8 @@ class DoctorReport:
     """The newest CUDA that the NVIDIA driver serves, as "13.0"."""
     onnxruntime_cuda: str | None
     """The CUDA that the installed ONNX Runtime was built for."""
+    tensorrt: tuple[Need, ...]
+    """What each GPU needs to run TensorRT engines, and what of it is installed."""
     store: str
     store_free: int
     checks: tuple[Check, ...]
@@ -98,8 +102,14 @@ class DoctorReport:
 def examine() -> DoctorReport:
     """Look at this machine. Writes nothing but a temporary folder at the store, which is removed again."""
     versions = {name: _version(name) for name in PACKAGES}
+    engines = tensorrt.find_installed()
     providers = _providers()
     gpus, gpu_note, driver = find_gpus()
+    needs = tuple(
+        tensorrt.need(f"cuda:{gpu.index}", gpu.compute_capability, engines, driver)
+        for gpu in gpus
+        if gpu.compute_capability
+    )
     built_for = _onnxruntime_cuda()
     store = default_root()
     meminfo = _meminfo()
@@ -112,6 +122,7 @@ def examine() -> DoctorReport:
                 PackageVersion(n, v, ", ".join(providers) if v and n.startswith("onnxruntime") else "")
                 for n, v in versions.items()
             ),
+            *tensorrt_packages(engines),
         ),
         providers=providers,
         cpu=_cpu_model(),
@@ -123,12 +134,64 @@ def examine() -> DoctorReport:
         gpu_note=gpu_note,
         driver_cuda=driver,
         onnxruntime_cuda=built_for,
+        tensorrt=needs,
         store=str(store),
         store_free=shutil.disk_usage(_existing(store)).free,
-        checks=(*_checks(store), *cuda_checks(versions, gpus, providers, driver, built_for)),
+        checks=(
+            *_checks(store),
+            *cuda_checks(versions, gpus, providers, driver, built_for),
+            *tensorrt_checks(engines, needs),
+        ),
         warnings=tuple(_warnings(versions, gpus)),
-        advice=tuple(_advice(versions, gpus)),
+        advice=(*_advice(versions, gpus), *tensorrt_advice(engines, needs, driver)),
     )
+
+
+def tensorrt_packages(engines: tuple[Installed, ...]) -> Iterator[PackageVersion]:
+    """A line for each kind, installed or not."""
+    for kind in sorted(tensorrt.BEST_FIRST):
+        found = next((one for one in engines if one.kind == kind), None)
+        yield (
+            PackageVersion(kind, found.version, f"for CUDA {found.cuda}")
+            if found
+            else PackageVersion(kind, None)
+        )
+
+
+def tensorrt_checks(engines: tuple[Installed, ...], needs: tuple[Need, ...]) -> Iterator[Check]:
+    """Whether what is installed serves the GPUs, or builds where there is none; nothing where none is installed."""
+    for one in needs:
+        if engines:
+            run = f" For this GPU: {one.command}" if one.command else ""
+            yield Check(f"TensorRT on {one.device}", one.uses is not None, f"{one.detail}{run and '.'}{run}")
+    for found in engines:
+        if not needs:
+            wrong = tensorrt.misfit(found)
+            does = (
+                "builds engines here"
+                if found.kind == "tensorrt-rtx"
+                else "builds and runs engines only beside a GPU"
+            )
+            yield Check(tensorrt.NAMES[found.kind], not wrong, wrong or f"{found.version} {does}")
+
+
+def tensorrt_advice(
+    engines: tuple[Installed, ...], needs: tuple[Need, ...], driver: str | None
+) -> Iterator[str]:
+    """What to install for engines: for the GPUs that are here, or to build for others."""
+    if not engines:
+        for command in dict.fromkeys(one.command for one in needs if one.command):
+            devices = ", ".join(one.device for one in needs if one.command == command)
+            yield f"for TensorRT engines on {devices}: {command}"
+        for one in needs:
+            if not one.command:
+                yield f"TensorRT on {one.device}: {one.detail}"
+    if (
+        not needs
+        and not any(found.kind == "tensorrt-rtx" for found in engines)
+        and not tensorrt.obstacle("tensorrt-rtx")
+    ):
+        yield f"to build TensorRT-RTX engines (needs no GPU): {tensorrt.install_command('tensorrt-rtx', driver)}"
 
 
 def _version(name: str) -> str | None:
@@ -409,7 +472,3 @@ def _advice(versions: dict[str, str | None], gpus: tuple[Gpu, ...]) -> Iterator[
         yield f"to run models: pip install 'glake-infer[{extra}]'"
     elif gpus and not versions["onnxruntime-gpu"]:
         yield "to run on the GPU: pip uninstall -y onnxruntime, then pip install 'glake-infer[cuda]'"
-    if gpus and not versions["tensorrt"]:
-        yield "for TensorRT: pip install 'glake-infer[tensorrt]'"
-    if not versions["tensorrt-rtx"]:
-        yield "to build TensorRT-RTX engines (needs no GPU): pip install 'glake-infer[tensorrt-rtx]'"

@@ -47,6 +47,27 @@ class DLTensor(ctypes.Structure):
     )  # fmt: skip
 
 
+class DLManagedTensor(ctypes.Structure):
+    """DLPack's DLManagedTensor, of the unversioned kind."""
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(DLManagedTensor))
+DLManagedTensor._fields_ = (("tensor", DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+_Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = (
+    ctypes.py_object,
+    (ctypes.c_void_p, ctypes.c_char_p, _Destructor),
+)
+# For a capsule that is being destroyed: it must not be made a Python object again.
+_dying_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_IsValid", ctypes.pythonapi)
+)
+_dying_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
@@ -169,6 +190,59 @@ def _from_cuda_array_interface(given: Any, what: str) -> Borrowed:
     stream = interface.get("stream", cuda.LEGACY_STREAM)
     index = cuda.device_of(address) if address else 0
     return Borrowed(f"cuda:{index}", address, dtype, shape, strides, given, stream)
+
+
+def export(array: Borrowed) -> Any:
+    """A DLPack capsule of contiguous memory; its consumer, or else the capsule itself, keeps `array.owner` alive.
+
+    The consumer may let go of it in any thread.
+    """
+    code, bits = next(kind for kind, dtype in _KINDS.items() if dtype == array.dtype)
+    kind, _, index = array.device.partition(":")
+    shape = (ctypes.c_int64 * len(array.shape))(*array.shape)
+    managed = DLManagedTensor(
+        DLTensor(
+            array.address or None,
+            DLPACK_CPU if kind == "cpu" else DLPACK_CUDA,
+            int(index or 0),
+            len(array.shape),
+            code,
+            bits,
+            1,
+            ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
+            None,  # contiguous
+            0,
+        ),
+        None,
+        _deleter,
+    )
+    place = ctypes.addressof(managed)
+    _exported[place] = (managed, shape, array.owner)
+    return _new_capsule(place, _NAME, _destructor)
+
+
+_exported: dict[int, tuple[DLManagedTensor, Any, Any]] = {}
+"""What consumers of `export` hold, by the address of the DLManagedTensor."""
+
+_NAME = b"dltensor"
+
+
+def _let_go(managed: Any) -> None:
+    _exported.pop(ctypes.addressof(managed.contents), None)
+
+
+def _unconsumed(capsule: int) -> None:
+    """A capsule dies. A consumer has renamed it, and calls the deleter by itself."""
+    if _dying_is_valid(capsule, _NAME):
+        _exported.pop(_dying_pointer(capsule, _NAME), None)
+
+
+_deleter, _destructor = _Deleter(_let_go), _Destructor(_unconsumed)
+for _callback in (
+    _deleter,
+    _destructor,
+):  # consumers may call them at any time, at the end of the process too
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_callback))
 
 
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -27,7 +27,6 @@ from glake_infer.allocators.errors import (
 )
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
-from glake_infer.allocators.snapshot import Range
 from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.mapped_files import Span, mappings_of
@@ -49,7 +48,13 @@ from glake_infer.models.overlap import weights_may_come_later
 from glake_infer.models.package import Package
 from glake_infer.models.prepare import Prepared, PreparedWeight, forget, prepare
 from glake_infer.models.session import guarded_session, session_errors
+from glake_infer.models.session_memory import Before
+from glake_infer.models.session_model import SessionModel
 from glake_infer.models.status import monitor_if_asked
+from glake_infer.models.streams import give_stream_back, take_stream
+from glake_infer.models.tensorrt.graphs import CudaGraph
+from glake_infer.models.tensorrt.library import Kind
+from glake_infer.models.tensorrt.load import EngineSettings, engine_for, load_engine
 from glake_infer.models.values import FOREIGN, value_of_argument
 from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.residency import Wanted
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
 
 Optimization = Literal["all", "extended", "basic", "disable"]
 Streams = Literal["one", "per run"]
+EngineChoice = Literal["auto", "onnxruntime"] | Kind
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
@@ -89,6 +95,9 @@ def load(
     headroom: int | str | None = None,
     priority: int = 0,
     progress: Progress | None = None,
+    engine: EngineChoice = "auto",
+    concurrency: int = 1,
+    cuda_graph: CudaGraph = "auto",
 ) -> Model:
     """Load the package at `path` into a pool and return a Model that runs on the pool's device.
 
@@ -138,14 +147,40 @@ def load(
         Of loads that go on at the same time, those of higher priority have the links first. It becomes `Model.priority`.
     progress
         Called with the bytes of weights that are on the GPU, and all that have to go there; in any thread.
+    engine
+        "auto": on a GPU the package's TensorRT engine, where it has one (`gi.convert(..., engine=)`), else its graph with
+        ONNX Runtime, as on the CPU; "onnxruntime": the graph; "tensorrt-rtx" or "tensorrt": that engine. An engine that
+        was built for another GPU, or by another version, is an error. For engines `offload` is about weights that
+        TensorRT streams while it runs (`--streaming` at conversion); what is ONNX Runtime's matter (`sharing`,
+        `optimization`, `threads`, `configure`, `provider_options`, `streams`) is not used, and `progress` is not called.
+    concurrency
+        Of an engine: how many runs may go on at the same time; others wait. Each has a context and a stream, and leases
+        scratch memory from the pool while it runs.
+    cuda_graph
+        Of an engine: whether runs of equal shapes are captured into a CUDA graph, from the second one on. "auto": where
+        it needs at most 64 MiB of scratch memory, which a graph keeps, as it does inputs and outputs, until the model is
+        suspended.
 
     The first load on a machine for the CPU prepares the model (optimizing it once, some seconds for large
     models); later ones, in any process, map the result. On CUDA every weight's bytes are checked and copied to the
     GPU, unless another model has it there. Raises InputError (a wrong argument, or offload with a broker), PackageError,
     DigestMismatchError (naming every package that a changed object hurts), OutOfMemoryError (saying what limit would do,
     and offload="auto" if that would), DriverError (the GPU failed; or, offloading, the host has no memory left, or the GPU
-    cannot map it), MissingDependencyError (no ONNX Runtime, or none for CUDA); nothing stays loaded after an error.
+    cannot map it), MissingDependencyError (no ONNX Runtime, none for CUDA, or no TensorRT for the engine); nothing stays
+    loaded after an error.
     """
+    settings = EngineSettings(
+        concurrency=concurrency, cuda_graph=cuda_graph, host_copy=host_copy, offload=offload, headroom=headroom,
+        priority=priority,
+    )  # fmt: skip
+    store = store or Store()
+    on = pool.device if pool is not None else parse_device(device or "cpu")
+    if engine != "onnxruntime" and (engine, on) != ("auto", "cpu"):
+        place = _pool_for(pool, device)
+        with store.using():
+            found = Package(Path(path), store)
+            if (kind := engine_for(found, place, engine)) is not None:
+                return load_engine(found, place, kind, settings)
     runtime = import_onnxruntime()
     monitor_if_asked()
     if sharing not in ("fast", "lean"):
@@ -159,8 +194,6 @@ def load(
     if optimization not in levels:
         raise InputError(f"optimization={optimization!r}: expected one of {', '.join(map(repr, levels))}.")
 
-    if host_copy not in ("store", "pinned"):
-        raise InputError(f"host_copy={host_copy!r}: expected 'store' or 'pinned'.")
     if streams not in ("one", "per run"):
         raise InputError(f"streams={streams!r}: expected 'one' or 'per run'.")
     parsed = parse_offload(offload)
@@ -180,10 +213,9 @@ def load(
             made.log_severity_level = 3  # ORT warns of each weight that the lean variant made overridable
         return made
 
-    store = store or Store()
     with store.using():
         package = Package(Path(path), store)
-        model = Model(package, place, sharing, host_copy, maps=maps_weights(place))
+        model = SessionModel(package, place, sharing, host_copy, maps=maps_weights(place))
         model._offload, model._headroom = parsed, headroom_for(place.limit, headroom)
         model._priority = priority
         package.check_present()
@@ -191,7 +223,7 @@ def load(
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)
 
-            def make_session(owner: Model, prepared: Prepared = prepared) -> None:
+            def make_session(owner: SessionModel, prepared: Prepared = prepared) -> None:
                 made = options()
                 if configure:
                     configure(made)
@@ -223,7 +255,7 @@ def _variant(package: Package, pool: Pool, sharing: Sharing) -> str:
 
 
 def _prepared(
-    model: Model, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
+    model: SessionModel, variant: str, optimization: str, options: Callable[[], ort.SessionOptions]
 ) -> Prepared:
     """The prepared graph; where this machine cannot keep one, and on a GPU, the package's own."""
     package = model.package
@@ -318,7 +350,7 @@ def captures_graphs(providers: list[Any]) -> bool:
 
 
 def _build_session(
-    model: Model,
+    model: SessionModel,
     prepared: Prepared,
     options: ort.SessionOptions,
     providers: list[Any],
@@ -354,9 +386,9 @@ def _build_session(
             model._captures = captures_graphs(providers)
             own_stream = streams == "one" and not model._captures and not _names_a_stream(providers)
             if pool.device != "cpu" and own_stream:
-                stream = _take_stream(gpu_index(pool.device))
+                stream = take_stream(gpu_index(pool.device))
                 providers = _with_stream(providers, stream)
-            before = _Before(pool, model._label)
+            before = Before(pool, model._label)
             objects = model.package.store.prepared_objects
             paths = [objects.path(w.digest) for w in prepared.weights if not w.injected]
             mapped: set[Span] = set()
@@ -377,7 +409,7 @@ def _build_session(
         session = None
         holding.close()
         if stream:
-            _give_stream_back(gpu_index(pool.device), stream)
+            give_stream_back(gpu_index(pool.device), stream)
         if isinstance(error, OutOfMemoryError) and not error.refusal:  # a broker's figures are not the pool's
             raise _with_session(error, own, _hint(model, prepared, wanted)) from error
         raise
@@ -390,17 +422,17 @@ def _build_session(
     if pool.device != "cpu":
         model._libraries = before.libraries()
         model._copied = tuple(before.second_copies(prepared))
-    model._inputs = [value_of_argument(argument) for argument in model.session.get_inputs()]
-    model._outputs = [value_of_argument(argument) for argument in model.session.get_outputs()]
-    model._names = [value.name for value in model._outputs]
     weights = {weight.name for weight in model.package.manifest.weights if not weight.overridable}
     optional = model.session.get_overridable_initializers()
-    model._optional = [value_of_argument(argument) for argument in optional if argument.name not in weights]
-    model._known = {value.name: value for value in (*model._inputs, *model._optional, *model._outputs)}
+    model._describe(
+        [value_of_argument(argument) for argument in session.get_inputs()],
+        [value_of_argument(argument) for argument in session.get_outputs()],
+        [value_of_argument(argument) for argument in optional if argument.name not in weights],
+    )
     model._foreign = any(value.dtype in FOREIGN for value in (*model._inputs, *model._outputs))
 
 
-def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
+def _wanted(model: SessionModel, prepared: Prepared) -> list[Wanted]:
     store = model.package.store
     shares = model._residency.share is not None
     found = hints(model.package, (w.digest for w in prepared.weights)) if shares or not model._maps else {}
@@ -416,7 +448,7 @@ def _wanted(model: Model, prepared: Prepared) -> list[Wanted]:
     return wanted
 
 
-def _offloaded(model: Model, prepared: Prepared, wanted: list[Wanted]) -> list[Wanted]:
+def _offloaded(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> list[Wanted]:
     """The weights, on the host those that go there; decided once per model. Raises InputError with a broker."""
     if model._on_host is None:
         model._on_host = frozenset()
@@ -436,7 +468,9 @@ def _offloaded(model: Model, prepared: Prepared, wanted: list[Wanted]) -> list[W
     return placed_on_host(wanted, model._on_host)
 
 
-def _choose(model: Model, prepared: Prepared, wanted: list[Wanted], offload: Literal["auto"] | int) -> Choice:
+def _choose(
+    model: SessionModel, prepared: Prepared, wanted: list[Wanted], offload: Literal["auto"] | int
+) -> Choice:
     names: dict[str, list[str]] = {}
     for weight in prepared.weights:
         names.setdefault(weight.digest, []).append(weight.name)
@@ -444,7 +478,7 @@ def _choose(model: Model, prepared: Prepared, wanted: list[Wanted], offload: Lit
     return choose(model._residency, wanted, names, reads, offload, model._headroom)
 
 
-def _hint(model: Model, prepared: Prepared, wanted: list[Wanted]) -> str:
+def _hint(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> str:
     """What to say of offload="auto" where a load without it found no room: if it would do."""
     residency = model._residency
     if model._offload != "none" or model._maps or residency.share or not residency.offloads:
@@ -457,7 +491,7 @@ def _hint(model: Model, prepared: Prepared, wanted: list[Wanted]) -> str:
     return f"Or load it with offload='auto', which {far}: runs are slower."
 
 
-def _lookups(model: Model, prepared: Prepared, wanted: list[Wanted]) -> int:
+def _lookups(model: SessionModel, prepared: Prepared, wanted: list[Wanted]) -> int:
     """Bytes on the host of tables, of which a run reads some rows."""
     there = model._residency.placed(item.digest for item in wanted)
     if not any(there.values()):
@@ -472,22 +506,7 @@ def _lookups(model: Model, prepared: Prepared, wanted: list[Wanted]) -> int:
 def _session_ended(holding: Holding, device: str, stream: int) -> None:
     holding.close(wait=False)
     if stream:
-        _give_stream_back(gpu_index(device), stream)
-
-
-_streams: dict[int, list[int]] = {}
-"""Streams of sessions that are gone, by GPU, for the next ones: a session may still end while its stream is free."""
-
-
-def _take_stream(index: int) -> int:
-    try:
-        return _streams[index].pop()
-    except (KeyError, IndexError):
-        return cuda.new_stream(index)
-
-
-def _give_stream_back(index: int, stream: int) -> None:
-    _streams.setdefault(index, []).append(stream)
+        give_stream_back(gpu_index(device), stream)
 
 
 def lower_workspaces(index: int) -> None:
@@ -517,52 +536,6 @@ def _with_stream(providers: list[Any], stream: int) -> list[Any]:
     ]
 
 
-class _Before:
-    """What the pool and the GPU hold before a session is built, to tell what it takes."""
-
-    def __init__(self, pool: Pool, label: str) -> None:
-        self._pool = pool
-        self._label = label
-        stats = pool.stats()
-        self.active = stats.active
-        self._reserved = stats.reserved
-        self._free = 0 if pool.device == "cpu" else cuda.free_memory(gpu_index(pool.device))
-        self._weights = self._own_weights()
-        self._known = {held.address for held in self._ranges()} if self._free else set()
-
-    def _ranges(self) -> list[Range]:
-        segments = self._pool.snapshot().segments
-        return [r for s in segments for r in s.ranges if r.state == "active" and r.tag == "weights"]
-
-    def libraries(self) -> int:
-        """Bytes of the GPU that are gone, and not in the pool."""
-        gone = self._free - cuda.free_memory(gpu_index(self._pool.device))
-        return max(0, gone - (self._pool.stats().reserved - self._reserved))
-
-    def _own_weights(self) -> int:
-        return sum(h.bytes for h in self._pool.holders() if (h.label, h.tag) == (self._label, "weights"))
-
-    def second_copies(self, prepared: Prepared) -> list[str]:
-        """Notes on weights that ONNX Runtime put into the pool although it was given all that are large."""
-        grown = self._own_weights() - self._weights
-        if grown < SECOND_COPIES:
-            return []
-        mine = [r for r in self._ranges() if r.label == self._label and r.address not in self._known]
-        sizes = sorted((held.requested for held in mine), reverse=True)
-        names: dict[int, list[str]] = {}
-        for weight in prepared.weights:
-            names.setdefault(weight.length, []).append(weight.name)
-        told = [
-            f"{format_bytes(size)}" + (f" (as large as {names[size].pop(0)!r})" if names.get(size) else "")
-            for size in sizes[:5]
-        ]
-        return [
-            f"ONNX Runtime holds {format_bytes(grown)} of weights of its own for this session: {', '.join(told)}. It "
-            "derived them from shared ones while it optimized the graph at the load (folded, fused, or moved for a node "
-            "that runs elsewhere), or they are below 1 KiB. optimization='basic' keeps it from most of that."
-        ]
-
-
 def _stop_spinning(options: ort.SessionOptions) -> None:
     """Let a session's threads for nodes on the CPU sleep when they have no work, unless `configure` has said otherwise.
 
@@ -573,10 +546,6 @@ def _stop_spinning(options: ort.SessionOptions) -> None:
             options.get_session_config_entry(name)
         except Exception:  # ONNX Runtime's way to say that there is none
             options.add_session_config_entry(name, "0")
-
-
-SECOND_COPIES = 1 << 20
-"""Bytes of weights of a session's own that are worth a note."""
 
 
 def _injected(prepared: Prepared, addresses: Mapping[str, int]) -> list[Initializer]:

@@ -1,4 +1,4 @@
-"""A loaded package: run it, put it to sleep, close it. models/load.py makes it."""
+"""A loaded package: run it, put it to sleep, close it. models/load.py makes it, models/tensorrt/load.py for engines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from glake_infer import cuda
 from glake_infer.allocators.errors import (
     GlakeError,
     InputError,
@@ -25,24 +24,18 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.checking import AlteredObjectError
 from glake_infer.holding import Holding, HostCopy
-from glake_infer.mapped_files import Span, drop_pages
 from glake_infer.models.device_array import DeviceArray
 from glake_infer.models.gate import Gate
-from glake_infer.models.interchange import Borrowed
 from glake_infer.models.manifest import Value
 from glake_infer.models.package import Package
-from glake_infer.models.session import session_errors
 from glake_infer.models.values import (
     DTYPES,
     check_feeds,
-    element_number,
-    from_ort_value,
-    to_ort_value,
 )
 from glake_infer.residency import Residency
 
 if TYPE_CHECKING:
-    import onnxruntime as ort
+    pass
 
 Sharing = Literal["fast", "lean"]
 Place = Literal["host", "device"]
@@ -84,36 +77,29 @@ class ModelClosedError(GlakeError):
 
 
 class Model:
-    """A loaded package: an ONNX Runtime session whose weights are shared and whose memory is the pool's.
+    """A loaded package, whose weights are shared and whose memory is the pool's.
 
-    `run` may be called from several threads at once. Use as a context manager, or call `close()`.
+    An ONNX Runtime session (models/session_model.py) or a TensorRT engine (models/tensorrt/engine.py) runs it. `run`
+    may be called from several threads at once. Use as a context manager, or call `close()`.
     """
 
     name: str
     """The package's folder name without `.glake`."""
-    session: ort.InferenceSession
-    """The session. Whoever keeps a reference beyond `close()` keeps the weights. Its `run` methods wake a model that
-    sleeps, as ours do; code that goes around them (`session._sess`, a C++ library) must not run while it does."""
 
-    def __init__(
-        self, package: Package, pool: Pool, sharing: Sharing, host_copy: HostCopy, *, maps: bool
-    ) -> None:
+    def __init__(self, package: Package, pool: Pool, host_copy: HostCopy) -> None:
         """Use `load`; this only makes the empty shell."""
         self.package = package
         self.pool = pool
-        self.sharing = sharing
         self.host_copy: HostCopy = host_copy
         self._notes: tuple[str, ...] = ()
         self.name = package.name
         self._label = self.name or "model"  # a package may be called just ".glake"
         self._number = next(_numbers)
-        self._maps = maps  # weights are the store's files, mapped
         self._residency = Residency.of(pool)
         self._holding: Holding | None = None
         self._evictable = False
         self._priority = 0
         self._gate: Gate | None = None
-        self._mapped_by_session: frozenset[Span] = frozenset()  # files that ONNX Runtime has mapped by itself
         self._private = 0
         self._libraries = 0
         _by_number[self._number] = self
@@ -121,16 +107,13 @@ class Model:
         self._runs = 0
         self._closed = False
         self._ending = self._ended = False  # the session, by close()
-        self._spoiled = 0  # how many times a refused request left the session in disorder
-        self._renewed = 0  # the value of _spoiled that the session was last made anew for
         self._condition = threading.Condition()
-        self._copied: tuple[str, ...] = ()
-        self._offload: Literal["none", "auto"] | int = "none"
-        self._headroom = 0
-        self._on_host: frozenset[str] | None = (
-            None  # digests of weights that go to the host, once that is decided
-        )
         self._lookups = 0  # bytes of tables that lie on the host
+        self._inputs: list[Value] = []
+        self._outputs: list[Value] = []
+        self._optional: list[Value] = []
+        self._names: list[str] = []
+        self._known: dict[str, Value] = {}
 
     @property
     def inputs(self) -> list[Value]:
@@ -150,7 +133,7 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """What `load` has to say: what could not be done, and what the session holds for itself."""
-        return (*self._notes, *self._copied, *self._offload_notes())
+        return (*self._notes, *self._offload_notes())
 
     def _offload_notes(self) -> Iterator[str]:
         memory = self.memory
@@ -187,7 +170,7 @@ class Model:
         return ModelMemory(
             shared=weighed.shared,
             own=weighed.own,
-            private=self._private,
+            private=self._private_bytes(),
             asleep=weighed.asleep,
             waking=0.0 if not weighed.asleep else weighed.asleep / rate if rate else None,
             offloaded=weighed.offloaded,
@@ -196,6 +179,9 @@ class Model:
             libraries=self._libraries,
             shared_with=dict(sorted(names.items())),
         )
+
+    def _private_bytes(self) -> int:
+        return self._private
 
     @property
     def suspended(self) -> bool:
@@ -214,15 +200,16 @@ class Model:
         Raises GlakeError after `close()`, DriverError (the GPU failed; the model stays awake).
         """
         holding = self._open_holding()
-        session = self.__dict__.get("session")  # its mappings stay while somebody has it
         try:
             freed = holding.suspend()
         except InvalidPointerError:
             self._open_holding()  # closed meanwhile
             raise
-        if session is not None and self._mapped_by_session:
-            drop_pages(self._mapped_by_session)
+        self._fallen_asleep()
         return freed + self.pool.trim()
+
+    def _fallen_asleep(self) -> None:
+        """What else a suspended model gives back; before the pool's idle memory goes."""
 
     def resume(self) -> None:
         """Bring the weights back now rather than in the next run.
@@ -354,102 +341,29 @@ class Model:
                     )
         checked = check_feeds(self._inputs, self._optional, feeds, self.pool.device)
         if self._gate is None:
-            return self._run_until_sound(names, checked, to)
+            return self._run(names, checked, to)
         with self._gate.together() as crowded:
             try:
-                return self._run_until_sound(names, checked, to)
+                return self._run(names, checked, to)
             except OutOfMemoryError as error:
                 if not crowded():
                     raise
                 error.__traceback__ = None  # it holds the session
         with self._gate.alone():  # the models of other runs were in the way
-            return self._run_until_sound(names, checked, to)
+            return self._run(names, checked, to)
 
-    def _run_until_sound(self, names: list[str], checked: Mapping[str, Any], to: Place) -> dict[str, Any]:
-        while True:
-            begun = self._begin()
-            try:
-                with self._waking(), self._open_holding():
-                    try:
-                        results = self._run_once(names, checked, to)
-                    except OutOfMemoryError:  # in the run, not in waking
-                        self._spoil()
-                        raise
-            finally:
-                if self._captures:
-                    self.pool.captures_ended()
-                self._end()
-            if begun == self._spoiled:
-                return results
-            # Another run was refused meanwhile and may have spoiled this one: once more, with a new session.
+    def _run(self, names: list[str], checked: Mapping[str, Any], to: Place) -> dict[str, Any]:
+        """One run inside the gate, with the weights there while it goes on."""
+        self._begin()
+        try:
+            with self._waking(), self._open_holding():
+                return self._run_once(names, checked, to)
+        finally:
+            self._end()
 
     def _run_once(self, names: list[str], checked: Mapping[str, Any], to: Place) -> dict[str, Any]:
-        with self.pool.label(self._label), session_errors(self.pool, "running", self.name):
-            if (
-                to == "device"
-                or (self._foreign and not self._maps)
-                or any(isinstance(array, Borrowed) for array in checked.values())
-            ):
-                return self._run_bound(names, checked, to)
-            if self._foreign:
-                return self._run_foreign(names, checked)
-            results = self.session.run(names, checked)
-        # ONNX Runtime's arrays lie in the pool: they would count against its limit for as long as they live.
-        return {name: _own(result) for name, result in zip(names, results, strict=True)}
-
-    def _run_foreign(self, names: list[str], feeds: Mapping[str, Any]) -> dict[str, Any]:
-        """Run with OrtValues: ONNX Runtime's plain run knows numpy's own types alone, not bfloat16 or float8."""
-        values = {name: to_ort_value(self._known[name], array) for name, array in feeds.items()}
-        results = self.session.run_with_ort_values(names, values)
-        return {
-            name: from_ort_value(self._known[name], result)
-            for name, result in zip(names, results, strict=True)
-        }
-
-    def _run_bound(self, names: list[str], feeds: Mapping[str, Any], to: Place) -> dict[str, Any]:
-        """Run with addresses: inputs are read where they are, outputs of to="device" stay where they were made.
-
-        ONNX Runtime runs on streams of its own, which wait for nobody's work, and waits for them at the end of a
-        run: so the inputs are complete before it begins, and the outputs when it returns.
-        """
-        binding = self.session.io_binding()
-        values = []  # the binding holds pointers alone
-        streams = {
-            (array.device, array.stream)
-            for array in feeds.values()
-            if isinstance(array, Borrowed) and array.stream is not None
-        }
-        for device, stream in streams:
-            cuda.synchronize(gpu_index(device), stream)
-        for name, array in feeds.items():
-            if isinstance(array, Borrowed):
-                number = element_number(self._known[name])
-                binding.bind_input(name, "cuda", gpu_index(array.device), number, array.shape, array.address)
-                continue
-            value = to_ort_value(self._known[name], array)
-            if not hasattr(value, "_ortvalue"):
-                raise InputError(
-                    f"the input {self._known[name]} is no tensor, and goes with arrays on the host alone: feed the "
-                    "others from the host too, and take results with to='host'."
-                )
-            binding.bind_ortvalue_input(name, value)
-            values.append(value)
-        names = list(dict.fromkeys(names))
-        for name in names:
-            if to == "device" and self.pool.device != "cpu":
-                binding.bind_output(name, "cuda", gpu_index(self.pool.device))
-            else:
-                binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
-        results = dict(zip(names, binding.get_outputs(), strict=True))
-        if to == "device":
-            return {
-                name: DeviceArray(_alone(result), DTYPES[self._known[name].dtype], self.pool.device)
-                for name, result in results.items()
-            }
-        if all(self._known[name].dtype in DTYPES for name in names):
-            return {name: from_ort_value(self._known[name], result) for name, result in results.items()}
-        return {name: _own(r) for name, r in zip(names, binding.copy_outputs_to_cpu(), strict=True)}
+        """Run on what `check_feeds` passed; the results are complete when it returns."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Wait for runs in flight, end the session and give its weights and memory back. Closing twice is fine."""
@@ -460,46 +374,28 @@ class Model:
                 self._condition.wait_for(lambda: self._ended)
                 return
             self._ending = True
-        self.__dict__.pop(
-            "session", None
-        )  # its finalizer gives the weights back, once nobody else holds the session either
+        self._end_session()
         with self._condition:
             self._ended = True
             self._condition.notify_all()
 
-    def _spoil(self) -> None:
-        """Note that a request was refused in a run. The session is made anew before the next one, if need be.
-
-        ONNX Runtime's convolution on CUDA (onnxruntime/core/providers/cuda/nn/conv.cc, UpdateState) notes the shape of
-        its input before it allocates the output: after a refusal it takes the plan for another shape.
-        """
-        if not self._convolutions:
-            return
-        with self._condition:
-            self._spoiled += 1
+    def _end_session(self) -> None:
+        """Let go of what runs the model, once no run is in flight and none comes."""
+        raise NotImplementedError
 
     def _begin(self) -> int:
+        """Count a run. Returns a number with which a kind of model may tell runs of one state from those of another."""
         with self._condition:
-            # Another thread may make the session anew while this one waits, and run again by then.
-            self._condition.wait_for(
-                lambda: self._spoiled == self._renewed or not self._running or self._closed
-            )
-            if self._spoiled != self._renewed and not self._closed:
-                spoiled = self._spoiled
-                self.__dict__.pop("session", None)
-                self._make_session(self)
-                self._renewed = spoiled
             if self._closed:
                 raise self._is_closed()
             self._running += 1
             self._runs += 1
-            return self._spoiled
+            return 0
 
     def _end(self) -> None:
         with self._condition:
             self._running -= 1
-            if self._closed or self._spoiled != self._renewed:
-                self._condition.notify_all()
+            self._condition.notify_all()
 
     def __enter__(self) -> Model:
         return self
@@ -513,39 +409,13 @@ class Model:
         state = "closed" if self._closed else ", ".join(str(value) for value in self._inputs)
         return f"<Model {self.name} ({state}){', asleep' if self.suspended else ''}>"
 
-    # Filled by load.
-    _make_session: Callable[[Model], None]
-    _convolutions: bool = False
-    _captures: bool = False  # its sessions capture CUDA graphs
-    _names: list[str]
-    _known: dict[str, Value]
-    _foreign: bool
-    _inputs: list[Value]
-    _outputs: list[Value]
-    _optional: list[Value]
+    def _describe(self, inputs: list[Value], outputs: list[Value], optional: Iterable[Value] = ()) -> None:
+        """Say what is fed and what comes out."""
+        self._inputs, self._outputs, self._optional = inputs, outputs, list(optional)
+        self._names = [value.name for value in outputs]
+        self._known = {value.name: value for value in (*inputs, *self._optional, *outputs)}
 
 
 def gpu_index(device: str) -> int:
     """N of "cuda:N"."""
     return int(device.removeprefix("cuda:"))
-
-
-def _alone(result: ort.OrtValue) -> ort.OrtValue:
-    """The same value on its own: as part of a binding's results it would keep all of them and the session."""
-    from onnxruntime import OrtValue
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
-
-    holder = OrtValueVector()
-    holder.push_back(result._ortvalue)
-    return OrtValue(holder[0])
-
-
-def _own(result: Any) -> Any:
-    """A copy outside the pool of an array, or of the arrays in a sequence or map."""
-    if isinstance(result, np.ndarray):
-        return result.copy()
-    if isinstance(result, list):
-        return [_own(part) for part in result]
-    if isinstance(result, dict):
-        return {key: _own(part) for key, part in result.items()}
-    return result

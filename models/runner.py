@@ -20,12 +20,14 @@ from glake_infer.allocators.errors import InputError, ModelError
 from glake_infer.allocators.pool import Pool
 from glake_infer.models.convert import convert
 from glake_infer.models.feeds import Override, feeds_of, parse_overrides, parse_shapes
+from glake_infer.models.load import EngineChoice
 from glake_infer.models.manifest import Value
 from glake_infer.models.model import Model, ModelMemory, Sharing
 from glake_infer.models.offload import Offload
 from glake_infer.models.package import SUFFIX
 from glake_infer.models.progress import Progress
 from glake_infer.models.runtime import Runtime
+from glake_infer.models.tensorrt.graphs import CudaGraph
 from glake_infer.pool import Pool as BrokeredPool
 from glake_infer.process_memory import ProcessMemory, measure, release_unused_heap
 from glake_infer.residency import Residency
@@ -129,6 +131,9 @@ def run(
     broker: str | os.PathLike[str] | None = None,
     intra_op: int | None = None,
     offload: Offload = "none",
+    engine: EngineChoice = "auto",
+    concurrency: int | None = None,
+    cuda_graph: CudaGraph = "auto",
     seed: int = 0,
     save: str | os.PathLike[str] | None = None,
     store: Store | None = None,
@@ -149,6 +154,10 @@ def run(
         As for `Pool`: other processes may have the weights too.
     offload
         As for `load`: what stays in host memory of each model.
+    engine, cuda_graph
+        As for `load`: what runs packages that have a TensorRT engine, on a GPU.
+    concurrency
+        Runs of one engine at the same time. None: as many as there are threads.
     save
         A folder that gets the last outputs of each model as `NAME.npz`.
 
@@ -162,9 +171,15 @@ def run(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(BrokeredPool(device=device, limit=limit, broker=broker))
         runtime = stack.enter_context(Runtime(pool=pool, store=store))
-        loaded = _load_all(
-            names, [Path(path) for path in paths], runtime, sharing, intra_op, offload, store, progress
-        )
+        options = {
+            "sharing": sharing,
+            "threads": intra_op,
+            "offload": offload,
+            "engine": engine,
+            "concurrency": threads if concurrency is None else concurrency,
+            "cuda_graph": cuda_graph,
+        }
+        loaded = _load_all(names, [Path(path) for path in paths], runtime, options, store, progress)
         _feed_all(loaded, overrides, given_shapes, seed)
         start = time.perf_counter()
         _run_all(loaded, repeat, threads)
@@ -191,9 +206,7 @@ def _load_all(
     names: Sequence[str],
     paths: Sequence[Path],
     runtime: Runtime,
-    sharing: Sharing,
-    intra_op: int | None,
-    offload: Offload,
+    options: Mapping[str, Any],
     store: Store,
     progress: Progress | None,
 ) -> list[_Loaded]:
@@ -205,11 +218,9 @@ def _load_all(
             start = time.perf_counter()
             model = runtime.load(
                 package,
-                sharing=sharing,
-                threads=intra_op,
                 configure=_quieten,
                 progress=progress and functools.partial(progress, f"loading {name}"),
-                offload=offload,
+                **options,
             )
             loaded.append(_Loaded(name, path, model, time.perf_counter() - start))
     if progress:

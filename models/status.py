@@ -137,7 +137,7 @@ def _model_status(model: Model) -> ModelStatus | None:
             state=state,
             shared=weighed.shared,
             own=weighed.own,
-            private=model._private,
+            private=model._private_bytes(),
             asleep=weighed.asleep,
             pinned=model.pinned,
             priority=model.priority,

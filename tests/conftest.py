@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import processes
 
 from glake_infer.store import Store
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs the full TensorRT where it is not installed."""
+    if importlib.util.find_spec("tensorrt") is None:
+        for item in items:
+            if item.get_closest_marker("tensorrt"):
+                item.add_marker(pytest.mark.skip(reason="the package tensorrt is not installed"))
 
 
 @pytest.fixture

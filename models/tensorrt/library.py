@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import logging
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from glake_infer.allocators.errors import InputError, MissingDependencyError
-
-Kind = Literal["tensorrt", "tensorrt-rtx"]
-"""The name of the package on the index, of the extra, and of the engine in a manifest."""
+from glake_infer.models.tensorrt import packages
+from glake_infer.models.tensorrt.packages import Kind as Kind
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 CARDS = {"a10": "8.6", "3090": "8.6", "l4": "8.9", "4090": "8.9"}
 """Compute capability of each card that has a name here."""
-
-RTX_CAPABILITIES = ("7.5", "8.6", "8.9", "12.0", "12.1")
-"""GPUs that TensorRT-RTX runs on; data-center GPUs of other capabilities need the full TensorRT."""
 
 LOGGER = "glake_infer.tensorrt"
 """Where TensorRT's messages go in Python's logging."""
@@ -63,11 +58,6 @@ def check_kind(kind: str) -> Kind:
     raise InputError(f"{kind!r} is no engine: expected one of {', '.join(KINDS)}.")
 
 
-def kind_for(capability: str) -> Kind:
-    """The TensorRT for a GPU of this compute capability ("8.6"); both run on most of the first kind's GPUs."""
-    return "tensorrt-rtx" if capability in RTX_CAPABILITIES else "tensorrt"
-
-
 def module(kind: Kind) -> ModuleType:
     """Import and return TensorRT. Raises MissingDependencyError with the command to run on this machine."""
     check_kind(kind)
@@ -84,11 +74,7 @@ def version(kind: Kind) -> str:
 
 def installed(kind: Kind) -> bool:
     """Whether TensorRT is installed here, by its package's metadata; nothing is imported."""
-    try:
-        importlib.metadata.version(kind)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return any(found.kind == kind for found in packages.find_installed())
 
 
 def capabilities_here() -> tuple[str, ...]:
@@ -99,28 +85,37 @@ def capabilities_here() -> tuple[str, ...]:
 
 
 def _missing(kind: Kind, error: ImportError) -> MissingDependencyError:
-    command = f"pip install 'glake-infer[{kind}]'"
-    here = capabilities_here()
-    if installed(kind):
-        what = f"{kind} is installed, but cannot be imported: {error}. Install it again: "
-        what += f"pip install --force-reinstall {kind}"
+    from glake_infer.models.doctor import find_gpus
+
+    gpus, _, driver = find_gpus()
+    here = [gpu.compute_capability for gpu in gpus if gpu.compute_capability]
+    name, command = packages.NAMES[kind], packages.install_command(kind, driver)
+    for found in packages.find_installed():
+        if found.kind == kind:
+            what = f"{name} {found.version} is installed, but cannot be imported: {error}. Install it again: "
+            what += f"pip install --force-reinstall {found.distribution}"
+            break
     else:
-        what = f"{kind} is not installed here. Install it: {command}"
+        hindered = packages.obstacle(kind, driver)
+        what = (
+            f"{name} is not installed here. "
+            + (f"{hindered}; then" if hindered else "Install it:")
+            + f" {command}"
+        )
     if not here:
+        other = packages.install_command("tensorrt-rtx", driver)
         why = (
-            "TensorRT-RTX builds engines without a GPU"
+            "it builds engines without a GPU"
             if kind == "tensorrt-rtx"
-            else "this machine has no GPU, which the full TensorRT needs to build: tensorrt-rtx does not "
-            "(pip install 'glake-infer[tensorrt-rtx]')"
+            else f"this machine has no GPU, which it needs to build; TensorRT-RTX does not: {other}"
         )
         return MissingDependencyError(f"{what} ({why}).")
-    fits = {capability: kind_for(capability) for capability in here}
-    if kind in fits.values():
+    kinds = packages.kinds_for(here[0])
+    if kind in kinds:
         return MissingDependencyError(f"{what} (for this machine's GPU of compute capability {here[0]}).")
-    capability, other = next(iter(fits.items()))
+    other = f"{packages.NAMES[kinds[0]]}: {packages.install_command(kinds[0], driver)}" if kinds else "none"
     return MissingDependencyError(
-        f"{what} (but this machine's GPU has compute capability {capability}, for which the engine is {other}: "
-        f"pip install 'glake-infer[{other}]')."
+        f"{what} (but this machine's GPU has compute capability {here[0]}, for which the engine is {other})."
     )
 
 

@@ -12,12 +12,14 @@ import pytest
 from conformance import LIMIT, Allocator, AllocatorConformance
 from ort_c_api import Stream
 from test_ort_allocator import VERSION, OrtFace
+from trampoline import Trampoline
 
 from glake_infer.allocators import (
     InvalidPointerError,
     MissingDependencyError,
     OutOfMemoryError,
     Pool,
+    TensorRTAllocator,
     _native,
     torch_face,
 )
@@ -134,6 +136,45 @@ class TorchFace(Allocator):
         self.pool.check_invariants()
 
 
+class TensorRTFace(Allocator):
+    """The virtual methods that TensorRT calls (tests/trampoline.py); 0 is how they refuse."""
+
+    streams = (0x100000, 0x200000, 0x300000)
+    slowness = 8  # each call goes through Python
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.allocator = TensorRTAllocator(pool, pytest.importorskip("tensorrt_rtx"))
+        self._caller = Trampoline(self.allocator)
+
+    def allocate(self, size):
+        return self.allocate_on(size, self.streams[0])
+
+    def allocate_on(self, size, stream):
+        address = self._caller.allocate_async(size, 256 if size >= 256 else 64, 0, stream)
+        if size and not address:
+            raise self.allocator.take_error()
+        return address
+
+    def deallocate(self, address):
+        self._caller.deallocate_async(address, self.streams[0])
+
+    def refuses(self, address):
+        return not self._caller.deallocate_async(address, self.streams[0])
+
+    def stats(self):
+        return self.pool._open().stats()
+
+    def set_limit(self, limit):
+        self.pool.limit = limit
+
+    def trim(self):
+        return self.pool.trim()
+
+    def check_invariants(self):
+        self.pool.check_invariants()
+
+
 class TestPythonPool(AllocatorConformance):
     @pytest.fixture
     def allocator(self, pool):
@@ -161,6 +202,13 @@ class TestTorch(AllocatorConformance):
     def allocator(self, pool, capfd):
         pool.limit = LIMIT
         return TorchFace(pool, capfd)
+
+
+class TestTensorRT(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool):
+        pool.limit = LIMIT
+        return TensorRTFace(pool)
 
 
 class TestDebugPool(AllocatorConformance):

@@ -55,6 +55,7 @@ def test_streams_without_an_event_between_them_are_caught(device):
     assert streams.mismatches == device.size
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("every", [False, True])
 def test_an_event_orders_streams(device, every):
     streams = device.streams

@@ -357,3 +357,63 @@ def test_room_is_what_the_limit_has_when_all_is_gone_that_may_go(pool):
     assert pool.room_for(mine) == (3 * MiB, 12 * MiB)
     pool.deallocate(held)
     assert pool.room_for(mine) == (3 * MiB, 16 * MiB)
+
+
+def test_a_chunk_takes_the_place_of_an_equal_one_with_its_users(pool):
+    first, _, theirs, one = make(pool, 2)
+    fill(pool, one, 5)
+    second, address, mine, other = make(pool, 2)
+    assert pool.begin_use(other) == mine
+    ctypes.memset(address, 5, 2 * MiB)
+    pool.loaded(other, mine, writable=True)
+    pool.end_use(other)
+    ctypes.memset(address, 5, 2 * MiB)  # it still can be written to
+    pool.replace(second, 1, theirs[0])
+    assert pool.stats()["reserved"] == 3 * MiB
+    assert ctypes.string_at(address, 2 * MiB) == b"\5" * (2 * MiB)
+    pool.freeze(mine[:1])
+    pool.replace(second, 0, theirs[0])  # twice in one region
+    pool.replace(second, 0, theirs[0])
+    stats = pool.stats()
+    assert (stats["reserved"], stats["active"]) == (2 * MiB, 2 * MiB)
+    pool.check_invariants()
+    pool.end_use(one)
+    pool.remove_user(one)
+    assert pool.suspend(other) == MiB
+    assert pool.user(other)["missing"] == MiB
+    assert fill(pool, other, 6) == theirs[:1]
+    assert ctypes.string_at(address, 2 * MiB) == b"\6" * (2 * MiB)
+    pool.end_use(other)
+    pool.remove_user(other)
+    pool.remove_region(second)
+    pool.remove_region(first)
+    assert pool.stats()["reserved"] == 0
+
+
+def test_what_cannot_take_a_place_is_refused_and_changes_nothing(pool):
+    region, _, chunks, user = make(pool, 2)
+    _, _, absent, _ = make(pool, 1)
+    small_region, _, small = pool.place_weights([(64 * KiB, 1, 0, False)], "memory")
+    tiny = pool.add_user(small)
+    pool.loaded(tiny, pool.begin_use(tiny))
+    pool.loaded(user, pool.begin_use(user), writable=True)
+    before = pool.stats()["mappings"]
+    with pytest.raises(InvalidPointerError, match="can still be written to"):
+        pool.replace(region, 0, chunks[1])
+    with pytest.raises(InvalidPointerError, match="cannot take the place"):
+        pool.replace(region, 0, absent[0])
+    with pytest.raises(InvalidPointerError, match="cannot take the place"):
+        pool.replace(region, 0, small[0])
+    with pytest.raises(InvalidPointerError, match="has no chunk 2"):
+        pool.replace(region, 2, chunks[0])
+    with pytest.raises(InvalidPointerError, match="none of this pool's weights"):
+        pool.replace(region, 0, 10**6)
+    pool.freeze(chunks)
+    device_memory = pool.stats()["reserved"]
+    pool.inject_failure(0)  # of the mapping; then the former is mapped again
+    with pytest.raises(DriverError):
+        pool.replace(region, 0, chunks[1])
+    assert (pool.stats()["reserved"], pool.stats()["mappings"]) == (device_memory, before)
+    pool.end_use(user)
+    pool.end_use(tiny)
+    del small_region

@@ -25,7 +25,8 @@ def test_export_gives_an_ordinary_model(shop, tmp_path):
     report = shop.json("export", "a.glake", "-o", tmp_path / "out")
     onnx.checker.check_model(report["target"], full_check=True)
     assert report["weights"] > 0
-    assert "a.onnx" in shop.run("export", "a.glake", "-o", tmp_path / "out")[0]
+    told, _ = shop.run("export", "a.glake", "-o", tmp_path / "out")
+    assert "a.onnx" in told.replace("\n", "")  # the path may be long
 
 
 def test_archive_travels_to_another_store(shop, empty_shop):

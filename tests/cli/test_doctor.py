@@ -5,6 +5,8 @@ import importlib.metadata
 import pytest
 
 from glake_infer.models import doctor
+from glake_infer.models.tensorrt import packages
+from glake_infer.models.tensorrt.packages import Installed
 
 
 def test_doctor_here(shop, fits):
@@ -18,8 +20,15 @@ def test_doctor_here(shop, fits):
         "onnxruntime",
         "onnxruntime-gpu",
         "tensorrt",
+        "tensorrt-rtx",
         "cuda-python",
     } <= versions.keys()
+    assert report["tensorrt"] == [] or report["tensorrt"][0].keys() >= {
+        "device",
+        "capability",
+        "uses",
+        "command",
+    }
     assert "CPUExecutionProvider" in report["providers"]
     assert report["store"] == str(shop.store.root)
     assert report["cores"] >= 1
@@ -37,7 +46,7 @@ def test_doctor_makes_nothing(empty_shop):
     assert list(empty_shop.folder.iterdir()) == []
 
 
-CPU = {"onnxruntime": "1.32.0", "onnxruntime-gpu": None, "tensorrt": None, "tensorrt-rtx": "1.7"}
+CPU = {"onnxruntime": "1.32.0", "onnxruntime-gpu": None}
 GPU = (doctor.Gpu(0, "NVIDIA A10"),)
 
 
@@ -126,12 +135,10 @@ def test_gpus_are_found_through_the_driver_and_its_errors_are_told(monkeypatch):
     ("versions", "gpus", "warned", "advised"),
     [
         (CPU, (), "", ""),
-        ({**CPU, "tensorrt-rtx": None}, (), "", "'glake-infer[tensorrt-rtx]'"),
         ({**CPU, "onnxruntime": None}, (), "", "'glake-infer[cpu]'"),
         ({**CPU, "onnxruntime": None}, GPU, "", "'glake-infer[cuda]'"),
         ({**CPU, "onnxruntime-gpu": "1.32.0"}, (), "overwrite each other", ""),
         (CPU, GPU, "the one for the CPU", "'glake-infer[cuda]'"),
-        (CPU, GPU, "", "'glake-infer[tensorrt]'"),
     ],
 )
 def test_what_doctor_would_say(versions, gpus, warned, advised):
@@ -140,3 +147,58 @@ def test_what_doctor_would_say(versions, gpus, warned, advised):
     assert bool(warnings) == bool(warned) or gpus
     assert advised in advice
     assert bool(advice) == bool(advised)
+
+
+RTX = Installed("tensorrt-rtx", "1.7.1.116")
+FULL = Installed("tensorrt", "11.4.0.106")
+OLD = Installed("tensorrt-rtx", "1.3.0.35")
+
+
+@pytest.mark.parametrize(
+    ("engines", "capabilities", "driver", "right", "wrong", "advised"),
+    [
+        # nothing is installed: the command for each GPU
+        ((), (), None, {}, {}, "needs no GPU): pip install 'glake-infer[tensorrt-rtx]'"),
+        ((), ("8.6",), "13.0", {}, {}, "on cuda:0: pip install 'glake-infer[tensorrt-rtx]'"),
+        ((), ("9.0",), "13.0", {}, {}, "on cuda:0: pip install 'glake-infer[tensorrt]'"),
+        ((), ("8.9", "8.9"), "12.8", {}, {}, "on cuda:0, cuda:1: pip install 'tensorrt-rtx-cu12>=1.4'"),
+        ((), ("7.0",), "12.8", {}, {}, "no TensorRT serves compute capability 7.0"),
+        # something is
+        ((RTX,), (), None, {"TensorRT-RTX": "builds engines here"}, {}, ""),
+        ((OLD,), (), None, {}, {"TensorRT-RTX": "1.3.0.35 is older than 1.4"}, ""),
+        ((RTX,), ("8.6",), "13.0", {"TensorRT on cuda:0": "1.7.1.116 serves compute capability 8.6"}, {}, ""),
+        (
+            (RTX,), ("8.9", "9.0"), "13.0", {"TensorRT on cuda:0": "8.9"},
+            {"TensorRT on cuda:1": "(it serves 7.5, 8.6, 8.9, 12.0, 12.1). For this GPU: "
+             "pip install 'glake-infer[tensorrt]'"}, "",
+        ),
+        ((FULL, RTX), ("10.0",), "13.0", {"TensorRT on cuda:0": "TensorRT 11.4.0.106 serves"}, {}, ""),
+        (
+            (RTX,), ("8.6",), "12.8", {},
+            {"TensorRT on cuda:0": "is for CUDA 13, and the driver serves 12.8. For this GPU: "
+             "pip install 'tensorrt-rtx-cu12>=1.4'"}, "",
+        ),
+        ((FULL,), (), None, {"TensorRT": "only beside a GPU"}, {}, "'glake-infer[tensorrt-rtx]'"),
+    ],
+)  # fmt: skip
+def test_what_doctor_says_of_tensorrt(monkeypatch, engines, capabilities, driver, right, wrong, advised):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(packages, "LAST_PYTHON", (99, 0))
+    needs = tuple(
+        packages.need(f"cuda:{index}", capability, engines, driver)
+        for index, capability in enumerate(capabilities)
+    )
+    checks = list(doctor.tensorrt_checks(engines, needs))
+    assert {check.name for check in checks if check.ok} == right.keys()
+    assert {check.name for check in checks if not check.ok} == wrong.keys()
+    for name, detail in {**right, **wrong}.items():
+        assert detail in next(check.detail for check in checks if check.name == name)
+    advice = list(doctor.tensorrt_advice(engines, needs, driver))
+    assert advised in "\n".join(advice)
+    assert bool(advice) == bool(advised)
+
+
+def test_tensorrt_is_listed_whether_it_is_installed_or_not():
+    lines = {line.name: line for line in doctor.tensorrt_packages((Installed("tensorrt", "10.16.1.11", 12),))}
+    assert (lines["tensorrt"].version, lines["tensorrt"].detail) == ("10.16.1.11", "for CUDA 12")
+    assert lines["tensorrt-rtx"].version is None

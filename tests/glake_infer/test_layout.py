@@ -322,6 +322,7 @@ class TestParted:
         assert bounds[-1] == 70 * MiB
 
 
+@pytest.mark.clock
 @granules
 @pytest.mark.parametrize("groups", [1, 50, 20_000])
 def test_20_000_weights_take_below_a_second(granule, groups):

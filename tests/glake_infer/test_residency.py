@@ -755,6 +755,7 @@ def loads(slow, folder):
     holding.close()
 
 
+@pytest.mark.clock
 class TestWeightsThatArrive:
     @staticmethod
     def fail(holding, after, error):

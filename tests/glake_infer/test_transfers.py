@@ -583,6 +583,7 @@ def test_progress_grows_to_the_total(tmp_path):
 
 
 @pytest.mark.parametrize("down", [True, False])
+@pytest.mark.clock
 class TestUnequalLinks:
     """The best of some tries: the machine does other things too."""
 

@@ -10,7 +10,7 @@ pytest.importorskip("cupy")
 import kernels
 from conformance import LIMIT, AllocatorConformance, KiB, MiB
 from ort_c_api import Stream, Struct
-from test_conformance_faces import PythonPool, TorchFace
+from test_conformance_faces import PythonPool, TensorRTFace, TorchFace
 from test_ort_allocator import OrtFace
 
 from glake_infer import Pool
@@ -77,6 +77,12 @@ class CudaTorchFace(OnDevice, TorchFace):
         super().__init__(pool, capture, int(pool.device.partition(":")[2]), self.streams[0])
 
 
+class CudaTensorRTFace(OnDevice, TensorRTFace):
+    def __init__(self, pool, streams):
+        self._alive, self.streams = streams, [stream.ptr for stream in streams]
+        super().__init__(pool)
+
+
 class CudaOrtFace(OnDevice, OrtFace):
     """Alloc, Reserve, AllocOnStream and Free as ONNX Runtime calls them."""
 
@@ -128,6 +134,13 @@ class TestCudaTorch(AllocatorConformance):
     def allocator(self, pool, streams, capfd):
         pool.limit = LIMIT
         return CudaTorchFace(pool, capfd, streams)
+
+
+class TestCudaTensorRT(AllocatorConformance):
+    @pytest.fixture
+    def allocator(self, pool, streams):
+        pool.limit = LIMIT
+        return CudaTensorRTFace(pool, streams)
 
 
 class TestCudaOrt(AllocatorConformance):

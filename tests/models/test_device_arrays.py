@@ -285,7 +285,7 @@ def test_a_result_is_no_hidden_copy(adder):
         np.asarray(result, copy=False)
     with pytest.raises(gi.GlakeError, match="cannot be pickled"):
         pickle.dumps(result)
-    on_gpu = type(result)(result._value, result.dtype, "cuda:0")
+    on_gpu = type(result)(result._memory, result.dtype, "cuda:0")
     assert on_gpu.__dlpack_device__() == (2, 0)
     with pytest.raises(TypeError, match=r"\.numpy\(\)"):
         np.asarray(on_gpu)

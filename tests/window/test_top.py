@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -327,9 +328,11 @@ def test_q_is_heard_while_nobody_answers(place, teller, server, terminal):
     shown.until("worker-1")
     told.close()
     (place / "broker.sock").unlink()
-    server(place / "broker.sock", lambda channel: time.sleep(6))
+    over = threading.Event()
+    server(place / "broker.sock", lambda channel: over.wait(6))
     time.sleep(0.5)
     start = time.monotonic()
     shown.press("q")
     assert shown.ended() == (0, "")
     assert time.monotonic() - start < 4
+    over.set()

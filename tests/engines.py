@@ -1,0 +1,60 @@
+"""Engines whose library is only an allocator's caller: blocks are asked for through TensorRT's C++ interface, and filled."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from trampoline import Trampoline
+
+from glake_infer.checking import File
+from glake_infer.digest import digest_of
+from glake_infer.engine_weights import TRAILER, Stretch
+
+
+class Plan:
+    """A plan of objects in a store: a header, weights one behind the other at steps of 128 bytes, a trailer."""
+
+    def __init__(self, folder, weights, header=b"plan" * 100):
+        self.stretches = []
+        self.bytes = b""
+        block = b""
+        for weight in weights:
+            block += weight + bytes(-len(weight) % 128)
+        self.block = block
+        self._add(folder, header)
+        for weight in weights:
+            self._add(folder, weight)
+            if gap := -len(weight) % 128:
+                self._add(folder, bytes(gap))
+        self._add(folder, b"\0\1\2\3"[:TRAILER])
+
+    def _add(self, folder, data):
+        digest = digest_of(data)
+        path = folder / digest
+        path.write_bytes(data)
+        self.stretches.append(Stretch(len(self.bytes), len(data), File(path, digest, len(data))))
+        self.bytes += data
+
+
+class Engine:
+    """What deserializing a plan leaves: a block with the plan's weights."""
+
+    def __init__(self, allocator, plan, alignment=512):
+        self._caller = Trampoline(allocator)
+        self.plan = plan
+        self.address = self._caller.allocate_async(len(plan.block), alignment)
+        if self.address:
+            assert self.address % alignment == 0
+            ctypes.memmove(self.address, plan.block, len(plan.block))
+
+    def read(self):
+        return ctypes.string_at(self.address, len(self.plan.block))
+
+    def destroy(self):
+        assert self._caller.deallocate_async(self.address)
+
+
+def random_weights(seed, *sizes):
+    rng = np.random.default_rng(seed)
+    return [rng.bytes(size) for size in sizes]
