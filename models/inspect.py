@@ -156,7 +156,9 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         manifest.outputs,
         dict(manifest.variants),
         len(manifest.runs),
-        manifest.notes,
+        tuple(
+            dict.fromkeys([*manifest.notes, *(note for e in manifest.engines.values() for note in e.notes)])
+        ),
         sum(size for digest, size in weighed.items() if digest not in own),
         {kind: _engine(engine) for kind, engine in manifest.engines.items()},
     )

@@ -281,7 +281,7 @@ class _Watch:
             return False
         try:
             if self._progress is not None and (total := self._steps.get(phase, 0)) > 1:
-                self._progress(phase[:1].lower() + phase[1:], min(step + 1, total), total)
+                self._progress(f"engine: {phase[:1].lower()}{phase[1:]}", min(step + 1, total), total)
         except BaseException as error:  # raised again when TensorRT has returned
             self.error = error
             return False

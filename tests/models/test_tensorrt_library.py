@@ -8,36 +8,31 @@ import pytest
 
 from glake_infer.allocators.errors import InputError, MissingDependencyError
 from glake_infer.models import doctor
-from glake_infer.models.tensorrt import library
+from glake_infer.models.tensorrt import library, packages
 
 L4, H200 = (doctor.Gpu(0, name, 1 << 34, cc, True) for name, cc in (("L4", "8.9"), ("H200", "9.0")))
+
+
+RTX_COMMAND, COMMAND = r"pip install 'glake-infer\[tensorrt-rtx\]'", r"pip install 'glake-infer\[tensorrt\]'"
 
 
 @pytest.mark.parametrize(
     ("kind", "gpus", "said"),
     [
-        ("tensorrt-rtx", (), r"pip install 'glake-infer\[tensorrt-rtx\]' \(.*without a GPU"),
-        ("tensorrt", (), r"no GPU, which the full TensorRT needs.*glake-infer\[tensorrt-rtx\]"),
-        (
-            "tensorrt-rtx",
-            (L4,),
-            r"pip install 'glake-infer\[tensorrt-rtx\]' \(for this machine's GPU .* 8\.9\)",
-        ),
-        ("tensorrt", (H200,), r"pip install 'glake-infer\[tensorrt\]' \(for this machine's GPU .* 9\.0\)"),
-        ("tensorrt-rtx", (H200,), r"capability 9\.0, for which the engine is tensorrt: pip .*\[tensorrt\]'"),
-        (
-            "tensorrt",
-            (L4,),
-            r"capability 8\.9, for which the engine is tensorrt-rtx: pip .*\[tensorrt-rtx\]'",
-        ),
-        ("tensorrt", (L4, H200), r"pip install 'glake-infer\[tensorrt\]' \(for this machine's GPU"),
+        ("tensorrt-rtx", (), rf"{RTX_COMMAND} \(it builds engines without a GPU\)"),
+        ("tensorrt", (), rf"{COMMAND} \(this machine has no GPU.*TensorRT-RTX does not: {RTX_COMMAND}"),
+        ("tensorrt-rtx", (L4,), rf"{RTX_COMMAND} \(for this machine's GPU of compute capability 8\.9\)"),
+        ("tensorrt", (H200,), rf"{COMMAND} \(for this machine's GPU of compute capability 9\.0\)"),
+        ("tensorrt-rtx", (H200,), rf"capability 9\.0.*{COMMAND}"),
+        ("tensorrt", (L4,), rf"{COMMAND} \(for this machine's GPU of compute capability 8\.9\)"),
     ],
 )
 def test_what_to_install_for_this_machine(monkeypatch, kind, gpus, said):
     monkeypatch.setitem(sys.modules, kind.replace("-", "_"), None)  # import raises
-    monkeypatch.setattr(library, "installed", lambda kind: False)
-    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, "", None))
-    with pytest.raises(MissingDependencyError, match=f"{kind} is not installed here.*{said}"):
+    monkeypatch.setattr(packages, "find_installed", lambda: ())
+    monkeypatch.setattr(doctor, "find_gpus", lambda: (gpus, "", "13.0"))
+    monkeypatch.setattr(packages.platform, "machine", lambda: "x86_64")
+    with pytest.raises(MissingDependencyError, match=f"{packages.NAMES[kind]} is not installed here.*{said}"):
         library.module(kind)
     with pytest.raises(ImportError):
         library.version(kind)
@@ -45,10 +40,11 @@ def test_what_to_install_for_this_machine(monkeypatch, kind, gpus, said):
 
 def test_an_installation_that_is_broken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr(library, "installed", lambda kind: True)
+    monkeypatch.setattr(packages, "find_installed", lambda: (packages.Installed("tensorrt", "10.9"),))
     monkeypatch.setattr(doctor, "find_gpus", lambda: ((), "", None))
     with pytest.raises(
-        MissingDependencyError, match=r"cannot be imported: .*pip install --force-reinstall tensorrt "
+        MissingDependencyError,
+        match=r"10\.9 is installed, but cannot be imported: .*--force-reinstall tensorrt",
     ):
         library.module("tensorrt")
 
@@ -57,10 +53,7 @@ def test_kinds():
     assert library.check_kind("tensorrt") == "tensorrt"
     with pytest.raises(InputError, match="'trt' is no engine: expected one of tensorrt, tensorrt-rtx"):
         library.check_kind("trt")
-    assert [library.kind_for(cc) for cc in ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")] == [
-        "tensorrt-rtx", "tensorrt", "tensorrt-rtx", "tensorrt-rtx", "tensorrt", "tensorrt", "tensorrt-rtx",
-    ]  # fmt: skip
-    assert {library.kind_for(capability) for capability in library.CARDS.values()} == {"tensorrt-rtx"}
+    assert {packages.kinds_for(capability)[0] for capability in library.CARDS.values()} == {"tensorrt-rtx"}
 
 
 @pytest.fixture
