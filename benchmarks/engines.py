@@ -51,6 +51,7 @@ class Ours:
         self.runtime.gpu_allocator = self.allocator
 
     def load(self, plan: Plan, data: bytes) -> tuple[Any, Any]:
+        """(The engine, its weights)."""
         with self.weights.loading(
             self.allocator, plan_bytes=len(data), stretches=plan.stretches()
         ) as loading:
@@ -59,75 +60,85 @@ class Ours:
         return engine, loading.holding
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """(Seconds, result)."""
     start = time.perf_counter()
-    result = work()
+    result = work(*arguments)
     return time.perf_counter() - start, result
 
 
+def _wake(engines: list[tuple[Any, Any]]) -> None:
+    for _, holding in engines:
+        with holding:
+            pass
+
+
+def on_the_pool(
+    ours: Ours, pool: gi.Pool, index: int, plans: list[Plan], data: list[bytes]
+) -> dict[str, Any]:
+    """Load, sleep, wake; all is given back."""
+    before = cuda.free_memory(index)
+    loads = [timed(ours.load, plan, each) for plan, each in zip(plans, data, strict=True)]
+    seconds, engines = [took for took, _ in loads], [engine for _, engine in loads]
+    held = before - cuda.free_memory(index)
+    asleep, freed = timed(lambda: sum(holding.suspend() for _, holding in engines))
+    after_sleep = before - cuda.free_memory(index)
+    woken, _ = timed(_wake, engines)
+    del loads, engines
+    gc.collect()
+    pool.trim()
+    return {
+        "held": held, "after sleep": after_sleep, "freed": freed, "first load": seconds[0],
+        "further load": statistics.median(seconds[1:]), "sleep": asleep, "wake": woken,
+    }  # fmt: skip
+
+
+def by_itself(runtime: Any, index: int, data: list[bytes]) -> dict[str, Any]:
+    """The same with TensorRT's own memory, and its own way to unload weights."""
+    before = cuda.free_memory(index)
+    loads = [timed(runtime.deserialize_cuda_engine, each) for each in data]
+    held = before - cuda.free_memory(index)
+    seconds = [took for took, _ in loads]
+    loads.clear()
+    gc.collect()
+    runtime.defer_weights_loading = True
+    deferred = [runtime.deserialize_cuda_engine(each) for each in data]
+    runtime.defer_weights_loading = False
+
+    def load() -> None:
+        for engine, each in zip(deferred, data, strict=True):
+            engine.load_weights(each)
+
+    load()
+    unload, _ = timed(lambda: [engine.unload_weights() for engine in deferred])
+    reload, _ = timed(load)
+    cuda.synchronize_all(index)
+    deferred.clear()
+    gc.collect()
+    return {
+        "plain held": held, "plain load": statistics.median(seconds),
+        "unload_weights": unload, "load_weights": reload,
+    }  # fmt: skip
+
+
 def measure(device: str, repeat: int, folder: Path) -> list[dict[str, Any]]:
-    """Every figure as a record."""
+    """Every figure, turn by turn."""
     index = int(device.partition(":")[2] or 0)
     major, minor = cuda.compute_capability(index)
     trt = module("tensorrt-rtx")
     logger = trt.Logger(trt.Logger.ERROR)
     plans = plans_in(folder, f"{major}.{minor}")
     data = [plan.to_bytes() for plan in plans]
-    rows: list[dict[str, Any]] = []
+    rows = []
     with gi.Pool(device) as pool:
         ours, plain = Ours(pool, trt, logger), trt.Runtime(logger)
         for turn in range(repeat + 1):  # the first warms up
-            cuda.synchronize_all(index)
-            before = cuda.free_memory(index)
-            engines, seconds, held = [], [], []
-            for plan, each in zip(plans, data, strict=True):
-                took, engine = timed(lambda plan=plan, each=each: ours.load(plan, each))  # type: ignore[misc]
-                engines.append(engine)
-                seconds.append(took)
-                held.append(before - cuda.free_memory(index))
-            asleep, freed = timed(lambda: sum(holding.suspend() for _, holding in engines))
-            after_sleep = before - cuda.free_memory(index)
-
-            def wake() -> None:
-                for _, holding in engines:
-                    with holding:
-                        pass
-
-            woken, _ = timed(wake)
-            engines.clear()
-            gc.collect()
-            pool.trim()
-            before = cuda.free_memory(index)
-            others, theirs = [], []
-            for each in data:
-                took, engine = timed(lambda each=each: plain.deserialize_cuda_engine(each))  # type: ignore[misc]
-                others.append(engine)
-                theirs.append(took)
-            plain_held = before - cuda.free_memory(index)
-            others.clear()
-            gc.collect()
-            plain.defer_weights_loading = True
-            deferred = [plain.deserialize_cuda_engine(each) for each in data]
-            plain.defer_weights_loading = False
-            for engine, each in zip(deferred, data, strict=True):
-                engine.load_weights(each)
-            unload, _ = timed(lambda: [engine.unload_weights() for engine in deferred])
-            reload, _ = timed(
-                lambda: [engine.load_weights(each) for engine, each in zip(deferred, data, strict=True)]
-            )
-            cuda.synchronize_all(index)
-            deferred.clear()
-            gc.collect()
+            row = {
+                **on_the_pool(ours, pool, index, plans, data),
+                **by_itself(plain, index, data),
+            }
             if turn:
-                rows.append(
-                    {
-                        "held": held[-1], "plain held": plain_held, "after sleep": after_sleep, "freed": freed,
-                        "first load": seconds[0], "further load": statistics.median(seconds[1:]),
-                        "plain load": statistics.median(theirs),
-                        "sleep": asleep, "wake": woken, "unload_weights": unload, "load_weights": reload,
-                    }
-                )  # fmt: skip
+                rows.append(row)
     return rows
 
 
