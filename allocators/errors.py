@@ -123,7 +123,14 @@ class OutOfMemoryError(GlakeError, MemoryError):
     def told(cls, message: str, requested: int = 0) -> OutOfMemoryError:
         """Make the error for memory that a library lacked outside a pool: its words are all that is known."""
         error = cls(
-            requested=requested, active=0, idle=0, reserved=0, limit=0, needed_limit=0, device_free=0, holders=()
+            requested=requested,
+            active=0,
+            idle=0,
+            reserved=0,
+            limit=0,
+            needed_limit=0,
+            device_free=0,
+            holders=(),
         )
         error.args = (message,)
         return error

@@ -13,7 +13,7 @@ from glake_infer.cli.errors import command
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from glake_infer.models.inspect import InspectedModel, InspectedWeight, Inspection
+    from glake_infer.models.inspect import InspectedEngine, InspectedModel, InspectedWeight, Inspection
 
 SIZES = (
     (1 << 10, "under 1 KiB"),
@@ -92,6 +92,7 @@ def _model(model: InspectedModel) -> list[Any]:
         rows += [(f"variant {name}", variant.purpose) for name, variant in model.variants.items()]
         rows.append(("runs", str(model.runs)))
     parts: list[Any] = [output.facts(rows, title=f"{model.path} ({model.kind})")]
+    parts += [_engine(engine) for engine in model.engines.values()]
     if model.weights:
         parts.append(_classes(model))
     if model.duplicates:
@@ -99,6 +100,27 @@ def _model(model: InspectedModel) -> list[Any]:
     if model.notes:
         parts.append(output.bullets("Notes", model.notes))
     return parts
+
+
+def _engine(engine: InspectedEngine) -> Table:
+    rows = [
+        ("built by", f"{engine.kind} {engine.version}"),
+        ("for compute capability", ", ".join(engine.capabilities)),
+        ("inputs", _listed(engine.inputs)),
+        ("outputs", _listed(engine.outputs)),
+        ("plan", f"{output.size(engine.bytes)}, weights {output.size(engine.weights_bytes)}"),
+        ("in the store for it", output.size(engine.own_bytes)),
+    ]
+    for number, profile in enumerate(engine.profiles, start=1):
+        shapes = (f"{name}={':'.join(map(_axes, (s.min, s.opt, s.max)))}" for name, s in profile.items())
+        rows.append((f"profile {number}", "\n".join(shapes)))
+    if engine.streaming:
+        rows.append(("weights", "can be streamed from host memory"))
+    return output.facts(rows, title=f"Engine {engine.kind}")
+
+
+def _axes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _listed(values: Any) -> str:

@@ -5,6 +5,7 @@
     ROOT/prepared/KEY/             a graph over them (models/prepare.py)
     ROOT/archives/KEY/NAME.glake   a package taken from an archive, for all processes of a node (models/node_packages.py)
     ROOT/packages/HASH.json        which package lies where and which objects it needs
+    ROOT/tensorrt/                 what TensorRT timed on this machine (models/tensorrt/build.py)
     ROOT/pending/ID.json           a folder that is being written; what a killed process left is found here
     ROOT/verified                  whose bytes were found right, and are not read for that again (verified.py)
     ROOT/lock                      held shared by whoever reads or adds objects, exclusively by gc

@@ -49,7 +49,7 @@ class StrippedWeights:
     """The weights of one stripped engine. Its methods are not for several threads at once, nor while the engine works.
 
     `manager`: of the engine, whose weights are unloaded or not yet there. `source`: where what the manager calls the weight
-    data lies, from its first byte on; what is missing at the end, as padding, is zero. `user`: a number that names the
+    data lies, from its first byte on; what is missing at the end is padding. `user`: a number that names the
     model. The weights are absent until `restore`. The pool does not take their memory by itself: the engine maps it.
 
     Raises InputError (more bytes than the engine has), OutOfMemoryError or DriverError; then nothing is held.
@@ -78,8 +78,7 @@ class StrippedWeights:
         starts = list(itertools.accumulate(sizes[:-1], initial=0))
 
         def look(start: int, size: int) -> str:
-            held = data.read(start, size)
-            return key_of(size, 0, memoryview(held + bytes(size - len(held))))
+            return key_of(size, 0, memoryview(data.read(start, size)))
 
         with ThreadPoolExecutor(THREADS, "glake-infer stripped weights") as threads:
             keys = list(threads.map(look, starts, sizes))

@@ -1,7 +1,8 @@
-"""Archives: one self-contained file of a package and its weights, for another machine.
+"""Archives: one self-contained file of a package, its weights and its engines, for another machine.
 
 An archive is an uncompressed POSIX tar: `manifest.json`, the graphs, then `objects/DIGEST` once per distinct
-weight, in that order. Its digests are checked while it is read, so a damaged download never enters a store.
+weight and part of an engine, in that order. Its digests are checked while it is read, so a damaged download
+never enters a store.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class ImportReport:
     new_bytes: int
     """Bytes that it added to the store."""
     variants: tuple[str, ...]
+    engines: tuple[str, ...] = ()
 
 
 def export_archive(
@@ -167,10 +169,11 @@ def _take(
     return ImportReport(
         package=str(target),
         weights=len(manifest.weights),
-        distinct_weights=len(manifest.distinct),
+        distinct_weights=len({weight.digest for weight in manifest.weights}),
         distinct_bytes=total,
         new_bytes=new,
         variants=tuple(manifest.variants),
+        engines=tuple(manifest.engines),
     )
 
 

@@ -112,7 +112,8 @@ def convert(
     """Convert the ONNX model `source` into the package `target` (default: beside it, `.glake`).
 
     engine: also build a TensorRT engine, "tensorrt-rtx" or "tensorrt", or `EngineOptions` for more than the usual (profiles
-        for inputs of dynamic shape, which engine and cards). An engine that the package had is kept where the model is the same.
+        for inputs of dynamic shape, for which cards). An engine that the package had is kept where the model is the
+        same.
 
     Weights of 1 KiB and more are streamed to the store, so memory grows with the graph and not with
     external data; only where something can be fused for CUDA are they all in memory for a while (models/fuse.py).
@@ -194,7 +195,14 @@ def convert_source(
         built: tuple[EngineReport, ...] = ()
         if options is not None:
             made, report = make_engine(
-                graphs["onnx"], weights, inputs, outputs, options, name=str(source), store=store, progress=progress
+                graphs["onnx"],
+                weights,
+                inputs,
+                outputs,
+                options,
+                name=str(source),
+                store=store,
+                progress=progress,
             )
             engines[options.kind], built = made, (report,)
             notes += made.notes

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnx import TensorProto
@@ -19,7 +19,7 @@ from glake_infer.models.graph import (
     make_names_unique,
     tensor_bytes,
 )
-from glake_infer.models.manifest import Value, Variant
+from glake_infer.models.manifest import Engine, Shapes, Value, Variant
 from glake_infer.models.package import Package
 from glake_infer.models.source import SourceModel
 from glake_infer.models.values import value_of_proto
@@ -38,6 +38,25 @@ class InspectedWeight:
 
 
 @dataclass(frozen=True)
+class InspectedEngine:
+    """A TensorRT engine of a package. Sizes in bytes."""
+
+    kind: str
+    version: str
+    capabilities: tuple[str, ...]
+    bytes: int
+    """Of the plan."""
+    weights_bytes: int
+    own_bytes: int
+    """What the store holds for it alone or for engines of fine-tunes: the rest of the plan is weights of the model."""
+    profiles: tuple[dict[str, Shapes], ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    streaming: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class InspectedModel:
     """One model or package. Sizes in bytes."""
 
@@ -53,6 +72,7 @@ class InspectedModel:
     notes: tuple[str, ...]
     derived_bytes: int = 0
     """Distinct bytes that the store holds for a package's other variants alone."""
+    engines: dict[str, InspectedEngine] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
@@ -127,6 +147,7 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         InspectedWeight(w.name, w.digest, w.bytes, w.dtype, w.shape) for w in manifest.weights_of("onnx")
     )
     own = manifest.distinct_of("onnx")
+    weighed = {weight.digest: weight.bytes for weight in manifest.weights}
     return InspectedModel(
         str(path),
         "package",
@@ -135,8 +156,27 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         manifest.outputs,
         dict(manifest.variants),
         len(manifest.runs),
-        manifest.notes,
-        sum(size for digest, size in manifest.distinct.items() if digest not in own),
+        tuple(
+            dict.fromkeys([*manifest.notes, *(note for e in manifest.engines.values() for note in e.notes)])
+        ),
+        sum(size for digest, size in weighed.items() if digest not in own),
+        {kind: _engine(engine) for kind, engine in manifest.engines.items()},
+    )
+
+
+def _engine(engine: Engine) -> InspectedEngine:
+    return InspectedEngine(
+        kind=engine.kind,
+        version=engine.version,
+        capabilities=engine.capabilities,
+        bytes=engine.bytes,
+        weights_bytes=engine.weights_bytes,
+        own_bytes=sum(engine.objects.values()),
+        profiles=engine.profiles,
+        inputs=engine.inputs,
+        outputs=engine.outputs,
+        streaming=engine.streaming,
+        notes=engine.notes,
     )
 
 

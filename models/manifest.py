@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from glake_infer.allocators.errors import PackageError, UnsupportedVersionError
 from glake_infer.digest import DIGEST_LENGTH, digest_of
@@ -146,6 +155,14 @@ class Woven(_Part):
         return tuple((s.digest, s.start + self.rows * s.bytes) for s in self.strands)
 
 
+def _form(part: Any) -> str:
+    strands = part.get("strands") if isinstance(part, dict) else getattr(part, "strands", None)
+    return "plain" if strands is None else "woven"
+
+
+AnyPart = Annotated[Annotated[Part, Tag("plain")] | Annotated[Woven, Tag("woven")], Discriminator(_form)]
+
+
 class Shapes(_Part):
     """The shapes of an input for which a profile optimizes; of a shape tensor, its values."""
 
@@ -168,7 +185,7 @@ class Engine(_Part):
     bytes: Annotated[int, Field(ge=1)]
     digest: Digest
     """Of the whole plan."""
-    parts: tuple[Part | Woven, ...]
+    parts: tuple[AnyPart, ...]
     objects: dict[Digest, Bytes]
     """Objects of the store that it needs beside the package's weights: digest -> bytes."""
     compressed: dict[Digest, Bytes] = {}
@@ -182,7 +199,7 @@ class Engine(_Part):
     weights_bytes: Bytes = 0
     """Bytes of it; 0 where it is not known."""
     aligned: Bytes = 0
-    """`weights_bytes` was made a multiple of this, so that trunks of fine-tunes lie alike; 0: of nothing."""
+    """`weights_bytes`, but for the end of the last tensor, is a multiple of this: trunks of fine-tunes lie alike. 0: not."""
     streaming: bool = False
     """Whether weights can be streamed from host memory (WEIGHT_STREAMING)."""
     notes: tuple[str, ...] = ()
@@ -195,6 +212,8 @@ class Engine(_Part):
 
     def check(self, weights: dict[str, int]) -> None:
         """Raise ValueError unless the parts cover the plan with objects that the package knows."""
+        if extra := self.compressed.keys() - self.objects.keys():
+            raise ValueError(f"the compressed object {sorted(extra)[0][:16]} is not listed")
         position = 0
         sizes = {**weights, **self.objects, **self.compressed}
         for part in self.parts:
@@ -205,15 +224,15 @@ class Engine(_Part):
                 raise ValueError(f"the woven bytes at {part.offset} of the plan end within a row")
             for digest, end in part.demands():
                 if digest not in sizes:
-                    raise ValueError(f"a part of the plan names the object {digest[:16]}, which is not listed")
+                    raise ValueError(
+                        f"a part of the plan names the object {digest[:16]}, which is not listed"
+                    )
                 if end > sizes[digest]:
                     raise ValueError(f"a part of the plan goes beyond the end of its object {digest[:16]}")
         if position != self.bytes:
             raise ValueError(f"the parts of the plan have {position} bytes together, the plan {self.bytes}")
         if extra := self.objects.keys() - self.needed:
             raise ValueError(f"the object {sorted(extra)[0][:16]} is in no part of the plan")
-        if extra := self.compressed.keys() - self.objects.keys():
-            raise ValueError(f"the compressed object {sorted(extra)[0][:16]} is not listed")
         if self.weights_offset + self.weights_bytes > self.bytes:
             raise ValueError("the section of weights goes beyond the end of the plan")
 

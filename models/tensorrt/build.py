@@ -32,11 +32,17 @@ CACHES = "tensorrt"
 """Folder of the store's root for what TensorRT keeps on this machine; gc leaves it alone, and it may be deleted."""
 
 MOST_REASONS = 12
-"""Nodes that an error names."""
+"""Operators that an error names."""
 
-OUT_OF_MEMORY = re.compile(r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I)
+MOST_NODES = 3
+"""Nodes of an operator that it names."""
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I
+)
 
 SAYS_NOTHING = ("", "false")
+NO_PLUGIN = "Plugin not found"
 
 DTYPES = {
     "FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
@@ -165,25 +171,32 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     logger.take_errors()
     if parser.parse(model, str(folder / "graph.onnx")):
         return
-    reasons = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         reason = error.desc().strip()
         code = str(error.code()).rpartition(".")[2]
-        if reason in SAYS_NOTHING:
-            reason = "TensorRT does not have it" if code == "UNSUPPORTED_NODE" else code
-        where = f"node {error.node_name() or error.node()!r} ({error.node_operator() or 'of no operator'})"
-        reasons.append(f"{where}: {reason}")
-    shown = reasons[:MOST_REASONS] + (
-        [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
-    )
+        if reason in SAYS_NOTHING or NO_PLUGIN in reason:
+            reason = (
+                "TensorRT does not have it" if code == "UNSUPPORTED_NODE" or NO_PLUGIN in reason else code
+            )
+        node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
+        reasons.setdefault((error.node_operator() or "no operator", reason), []).append(node)
+    lines = []
+    for (operator, reason), nodes in reasons.items():
+        more = f" and {len(nodes) - MOST_NODES} more" if len(nodes) > MOST_NODES else ""
+        lines.append(f"{operator} (node {', '.join(nodes[:MOST_NODES])}{more}): {reason}")
+    if len(lines) > MOST_REASONS:
+        lines[MOST_REASONS:] = [f"and {len(lines) - MOST_REASONS} operators more"]
     raise ModelError(
-        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(shown) or '; '.join(logger.take_errors()[-3:])}. "
+        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or logger.take_errors()[-3:])}. "
         "Leave --engine out: the package's ONNX graphs run it all the same. Or export the model without these operators."
     )
 
 
-def _configure(trt: types.ModuleType, config: Any, options: EngineOptions, capabilities: Sequence[str]) -> None:
+def _configure(
+    trt: types.ModuleType, config: Any, options: EngineOptions, capabilities: Sequence[str]
+) -> None:
     if hasattr(trt, "ComputeCapability") and hasattr(config, "set_compute_capability"):
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
@@ -268,7 +281,7 @@ class _Watch:
             return False
         try:
             if self._progress is not None and (total := self._steps.get(phase, 0)) > 1:
-                self._progress(phase[:1].lower() + phase[1:], min(step + 1, total), total)
+                self._progress(f"engine: {phase[:1].lower()}{phase[1:]}", min(step + 1, total), total)
         except BaseException as error:  # raised again when TensorRT has returned
             self.error = error
             return False
@@ -298,14 +311,16 @@ def _monitor(trt: types.ModuleType, watch: _Watch) -> Any:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of raising into a callback of TensorRT; in other threads than the main one nothing
-    changes."""
+    """An event that Ctrl-C sets, instead of raising into a callback of TensorRT; only where Python would handle it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = signal.getsignal(signal.SIGINT)
-    if before is None or before in (signal.SIG_IGN, signal.SIG_DFL):  # of another language, or nobody wants to know
+    if before is None or before in (
+        signal.SIG_IGN,
+        signal.SIG_DFL,
+    ):  # of another language, or nobody wants to know
         yield event
         return
     signal.signal(signal.SIGINT, lambda *_: event.set())
@@ -325,14 +340,18 @@ def _cache_file(kind: Kind, trt: types.ModuleType, store: Store) -> Path | None:
     from glake_infer.models.doctor import find_gpus
 
     gpus, driver, _ = find_gpus()
-    machine = digest_of(repr([(gpu.name, gpu.compute_capability) for gpu in gpus[:1]] + [driver]).encode())[:16]
+    machine = digest_of(repr([(gpu.name, gpu.compute_capability) for gpu in gpus[:1]] + [driver]).encode())[
+        :16
+    ]
     return store.root / CACHES / f"{kind}-{trt.__version__}-{machine}.timing"
 
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, file: Path | None, store: Store) -> Iterator[None]:
-    """Give the builder what was timed before on this machine, and keep what it has timed. Of two builds at once the
-    last one's is kept; a damaged cache is made anew."""
+    """Give the builder what was timed before on this machine, and keep what it has timed.
+
+    Of two builds at once the last one's is kept; a damaged cache is made anew.
+    """
     if file is None:
         yield
         return

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto, TensorProto, load_model_from_string
 
-from glake_infer.allocators.sizes import format_bytes
 from glake_infer.digest import digest_of
-from glake_infer.models.graph import external_entries, inline_bytes, is_external
+from glake_infer.models.graph import external_entries, inline_bytes, is_external, scopes
 from glake_infer.models.manifest import Engine, Manifest, Value, Weight
 from glake_infer.models.progress import Progress
 from glake_infer.models.tensorrt.build import BuiltPlan, build_plan
 from glake_infer.models.tensorrt.heads import ALIGNMENT, fill, pad_heads
 from glake_infer.models.tensorrt.library import Kind, check_kind
-from glake_infer.models.tensorrt.options import EngineOptions
+from glake_infer.models.tensorrt.options import EMPTY_SYMBOLS, EngineOptions
 from glake_infer.models.tensorrt.plan import split, weights_section
+from glake_infer.models.tensorrt.search import STEP
 from glake_infer.store import Store
 
 
@@ -60,6 +60,7 @@ def make_engine(
     `split` do; the store may then have complete objects more, which the next gc removes.
     """
     model = load_model_from_string(graph)
+    _forget_empty_symbols(model)
     padded = pad_heads(model, lambda tensor: _bytes_of(tensor, store))
     notes = [str(head) for head in padded]
 
@@ -72,22 +73,22 @@ def make_engine(
     built = build()
     seconds = built.seconds
     section = weights_section(built.plan)
-    aligned = section is not None and section[1] % ALIGNMENT == 0
-    if section is not None and section[1] and not aligned:
-        missing = -section[1] % ALIGNMENT
+    missing = _missing(section)
+    aligned = missing == 0
+    if section is not None and missing:
         again = _filled(model, missing, build)
         if again is None:
             notes.append(
-                f"the weights of the engine ({section[1]} bytes) are no multiple of {ALIGNMENT} bytes, so they are not shared "
-                "with those of fine-tunes whose engines differ in that"
+                f"the weights of the engine ({section[1]} bytes) lack {missing} bytes to a multiple of {ALIGNMENT}, and no "
+                "output could carry them: they are shared only with those of fine-tunes that lack as many"
             )
         else:
             built, output = again
             seconds += built.seconds
             aligned = True
             notes.append(
-                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes lie "
-                "alike in their engines"
+                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes "
+                "lie alike in their engines"
             )
     made = split(built.plan, weights, store)
     engine = Engine(
@@ -124,16 +125,30 @@ def make_engine(
     return engine, report
 
 
-def _filled(
-    model: ModelProto, missing: int, build: Callable[[], BuiltPlan]
-) -> tuple[BuiltPlan, str] | None:
+def _filled(model: ModelProto, missing: int, build: Callable[[], BuiltPlan]) -> tuple[BuiltPlan, str] | None:
     """Build again with as many bytes more, and the output that carries them; None where that does not align the weights."""
-    output = fill(model, missing) if missing % 8 == 0 else None
+    output = fill(model, missing)
     if output is None:
         return None
     built = build()
-    section = weights_section(built.plan)
-    return (built, output) if section is not None and section[1] % ALIGNMENT == 0 else None
+    return (built, output) if _missing(weights_section(built.plan)) == 0 else None
+
+
+def _missing(section: tuple[int, int] | None) -> int | None:
+    """Bytes that the section of weights lacks to a multiple of ALIGNMENT; None where it is not known.
+
+    The last tensor (of the first layer) is not rounded up to STEP: what it has beyond that is equal in all fine-tunes.
+    """
+    return None if section is None or not section[1] else -(section[1] // STEP * STEP) % ALIGNMENT
+
+
+def _forget_empty_symbols(model: ModelProto) -> None:
+    """Drop names of axes that name nothing: to TensorRT, axes of one name have equal sizes."""
+    for scope in scopes(model.graph):
+        for value in (*scope.input, *scope.output, *scope.value_info):
+            for axis in value.type.tensor_type.shape.dim:
+                if axis.dim_param in EMPTY_SYMBOLS:
+                    axis.ClearField("dim_param")
 
 
 def _bytes_of(tensor: TensorProto, store: Store) -> bytes:
@@ -170,22 +185,6 @@ def kept_engines(
             f"the {kind} engine that the package had was dropped, because {why}: convert again with --engine {kind}"
         )
     return kept, notes
-
-
-def engine_lines(engine: Engine) -> Iterator[tuple[str, str]]:
-    """What an engine is, as (what, value) for people."""
-    yield "built by", f"{engine.kind} {engine.version} for compute capability {', '.join(engine.capabilities)}"
-    stored = sum(engine.objects.values())
-    weights = f", weights {format_bytes(engine.weights_bytes)}" if engine.weights_bytes else ""
-    yield "plan", f"{format_bytes(engine.bytes)}{weights}; {format_bytes(stored)} of its own in the store"
-    for number, profile in enumerate(engine.profiles, start=1):
-        shapes = (
-            f"{name}={':'.join('x'.join(map(str, shape)) for shape in (each.min, each.opt, each.max))}"
-            for name, each in profile.items()
-        )
-        yield f"profile {number}", " ".join(shapes)
-    if engine.streaming:
-        yield "weights", "can be streamed from host memory"
 
 
 def options_of(engine: str | EngineOptions | None) -> EngineOptions | None:

@@ -1,8 +1,8 @@
 """Heads of fine-tunes, padded so that the trunk's weights lie alike in the engines of all of them.
 
-An engine's weights are one block, last layers first, each tensor at a multiple of 128 bytes: a head of another size moves the
-trunk. The pool can make up for multiples of ALIGNMENT bytes, no less. So heads get columns of zeros until a column of their
-weights and their bias are multiples of it, and the columns are sliced off right behind, so that what follows sees
+An engine's weights are one block, last layers first, each tensor at a multiple of 128 bytes: a head of another size moves
+the trunk. The pool can make up for multiples of ALIGNMENT bytes, no less. So heads get columns of zeros until a row of
+their weights and their bias are multiples of it, and the columns are sliced off right behind, so that what follows sees
 the true width. What is left (a pooler's bias, say) is made up for by `fill`, when the built engine has told.
 
 The padded model computes the same numbers: a column of a product does not depend on the others.
@@ -10,7 +10,7 @@ The padded model computes the same numbers: a column of a product does not depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,8 @@ MOST_PADDED = 1 << 30
 MINIMUM_OPSET = 10
 """Since when Slice takes its ranges as tensors."""
 
-FLOATS = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
-FILLED = {**FLOATS, TensorProto.INT32: 4, TensorProto.INT64: 8}
+FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
+FILLED: dict[int, int] = {**FLOATS, TensorProto.INT32: 4, TensorProto.INT64: 8}
 """Bytes of the types that `fill` adds to."""
 
 Load = Callable[[TensorProto], bytes]
@@ -47,8 +47,8 @@ class Padded:
 
     def __str__(self) -> str:
         return (
-            f"the head {self.weight!r} got {self.padded - self.columns} columns of zeros ({self.added_bytes} bytes), which are "
-            "sliced off again: so trunks of fine-tunes lie alike in their engines"
+            f"the head {self.weight!r} got {self.padded - self.columns} columns of zeros ({self.added_bytes} bytes), which "
+            "are sliced off again: so trunks of fine-tunes lie alike in their engines"
         )
 
 
@@ -157,22 +157,40 @@ def _elements(shape: object) -> int:
 
 
 def _heads(graph: GraphProto, names: _Names) -> Iterator[NodeProto]:
-    """Yield the last MatMul or Gemm with a weight on every way back from the outputs."""
-    seen: set[int] = set()
-    pending = [value.name for value in graph.output]
+    """Yield the products with a weight behind which, on the way to an output, no other layer comes."""
+    layers = [node for node in graph.node if _is_product(node, names) or _bears_weight(node, names)]
+    inner = _before(layers, names, through=lambda node: True)
+    outputs = [helper.make_node("Identity", [value.name], []) for value in graph.output]
+    numbers = {id(layer) for layer in layers}
+    last = _before(outputs, names, through=lambda node: id(node) not in numbers)
+    for node in layers:
+        if _is_product(node, names) and id(node) in last and id(node) not in inner:
+            yield node
+
+
+def _before(
+    nodes: Iterable[NodeProto], names: _Names, *, through: Callable[[NodeProto], bool]
+) -> dict[int, NodeProto]:
+    """What makes the inputs of `nodes`, and what makes the inputs of those that `through` lets pass, by identity."""
+    found: dict[int, NodeProto] = {}
+    pending = [name for node in nodes for name in node.input]
     while pending:
         node = names.maker.get(pending.pop())
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.op_type in ("MatMul", "Gemm") and len(node.input) > 1 and node.input[1] in names.weights:
-            yield node
-        elif not _bears_weight(node, names) and not any(True for _ in bodies(node)):
-            pending += node.input
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            if through(node):
+                pending += node.input
+    return found
+
+
+def _is_product(node: NodeProto, names: _Names) -> bool:
+    return node.op_type in ("MatMul", "Gemm") and len(node.input) > 1 and node.input[1] in names.weights
 
 
 def _bears_weight(node: NodeProto, names: _Names) -> bool:
     """Whether a node has a weight that makes it a layer: a vector that is added may be the bias of a product before it."""
+    if any(True for _ in bodies(node)):
+        return True
     if node.op_type == "Add" and any(
         (maker := names.maker.get(name)) is not None and maker.op_type == "MatMul" for name in node.input
     ):

@@ -36,6 +36,9 @@ LEVELS = {
     "VERBOSE": logging.DEBUG,
 }
 
+SECOND_LOGGER = "The logger passed into create"
+"""What TensorRT warns of at every builder and runtime but the process's first: it is meant to be so."""
+
 Sink = Callable[[str, str], None]
 """Called with (severity, message) for each message of INFO and above; severities are the keys of LEVELS."""
 
@@ -144,6 +147,8 @@ def _logger_class(trt: ModuleType) -> Any:
             try:
                 name = severity.name
                 level = LEVELS.get(name, logging.INFO)
+                if SECOND_LOGGER in message:
+                    level = logging.DEBUG
                 if level >= logging.ERROR:
                     with self._lock:
                         self.errors.append(message)

@@ -15,6 +15,9 @@ Profile = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 """The smallest, the usual and the largest shape of each input: {"ids": ((1, 8), (1, 128), (8, 512))}."""
 
 SYNTAX = "NAME=MIN:OPT:MAX, each like 1x128"
+EMPTY_SYMBOLS = ("?", "unk", "None", "")
+"""What exporters write for an axis that they know nothing of."""
+
 EXAMPLE_SIZES = (1, 8, 64)
 MOST_AXES = 8
 
@@ -59,7 +62,10 @@ def parse_profiles(texts: Iterable[str]) -> tuple[Profile, ...]:
 
 def _shape(part: str, text: str) -> Shape:
     axes = part.split("x")
-    if not all(axis.isascii() and axis.isdecimal() and len(axis) < 10 for axis in axes) or len(axes) > MOST_AXES:
+    if (
+        not all(axis.isascii() and axis.isdecimal() and len(axis) < 10 for axis in axes)
+        or len(axes) > MOST_AXES
+    ):
         raise InputError(f"--profile {text!r} cannot be read: {part!r} is no shape. Expected {SYNTAX}.")
     return tuple(int(axis) for axis in axes)
 
@@ -92,7 +98,9 @@ def complete_profiles(
     """
     values = {value.name: value for value in inputs}
     fed = set(shape_tensors)
-    open_ones = [v for v in inputs if v.name in fed or v.shape is None or any(not isinstance(a, int) for a in v.shape)]
+    open_ones = [
+        v for v in inputs if v.name in fed or v.shape is None or any(not isinstance(a, int) for a in v.shape)
+    ]
     if open_ones and not profiles:
         raise _missing(open_ones, "no optimization profile was given")
     return tuple(
@@ -116,8 +124,14 @@ def _complete(
         _check(value, minimum, usual, maximum, is_shape=name in fed)
         made[name] = Shapes(min=minimum, opt=usual, max=maximum)
         if name not in fed:
-            for axis, sizes in zip(value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False):
-                if isinstance(axis, str) and symbols.setdefault(axis, sizes) != sizes:
+            for axis, sizes in zip(
+                value.shape or (), zip(minimum, usual, maximum, strict=True), strict=False
+            ):
+                if (
+                    isinstance(axis, str)
+                    and axis not in EMPTY_SYMBOLS
+                    and symbols.setdefault(axis, sizes) != sizes
+                ):
                     raise InputError(
                         f"profile {number} gives the axis {axis!r} of the input {name!r} the sizes {_sizes(sizes)}, and "
                         f"{_sizes(symbols[axis])} in another input. Equal symbols are equal sizes: give the same."
@@ -162,17 +176,14 @@ def _check(value: Value, minimum: Shape, usual: Shape, maximum: Shape, *, is_sha
 
 def _missing(values: list[Value], why: str) -> InputError:
     named = ", ".join(str(value) for value in values)
-    sizes: dict[str, int] = {}
     options = []
     for value in values:
-        shapes = []
-        for place in range(3):
-            axes = [
-                axis if isinstance(axis, int) else sizes.setdefault(f"{axis}/{place}", EXAMPLE_SIZES[place])
-                for axis in value.shape or (None,)
-            ]
-            shapes.append(_axes(axes))
-        options.append(f"--profile {value.name}={':'.join(shapes)}")
+        shapes = [
+            _axes(axis if isinstance(axis, int) else size for axis in value.shape or (None,))
+            for size in EXAMPLE_SIZES
+        ]
+        option = f"{value.name}={':'.join(shapes)}"
+        options.append(f"--profile '{option}'" if " " in option else f"--profile {option}")
     return InputError(
         f"inputs of the model have shapes that are not fixed, and {why}: {named}. TensorRT needs the smallest, the usual "
         f"and the largest shape of each, for example {' '.join(options)} (inputs with the same symbols may be left out)."

@@ -1,9 +1,9 @@
 """Plans in a package: cut into objects of the store, and put together again bit for bit.
 
-What the plan holds of the model's weights (models/tensorrt/search.py) is no object of its own: a part names the weight's. The
-rest of its section of weights is cut by content, at steps of 128 bytes, so that fine-tunes share what TensorRT made of
-equal layers; leftovers below MINIMUM_CUT are one object. All before and behind that section, programs mostly, is one
-object, compressed.
+What the plan holds of the model's weights (models/tensorrt/search.py) is no object of its own: a part names the
+weight's. The rest of its section of weights is cut by content, at steps of 128 bytes, so that fine-tunes share what
+TensorRT made of equal layers; leftovers below MINIMUM_CUT are one object. All before and behind that section, programs
+mostly, is one object, compressed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def split(plan: Buffer, weights: Iterable[Weight], store: Store) -> Split:
     section = data[begin : begin + size]
     found = find(section, _needles(weights, store), (0,) if made.section[1] else (0, 1, 2, 3))
     gaps = list(_gaps(found, size))
-    cuts = [(start, end, _cut(section[start:end], start)) for start, end in gaps if end - start >= MINIMUM_CUT]
+    cuts = [
+        (start, end, _cut(section[start:end], start)) for start, end in gaps if end - start >= MINIMUM_CUT
+    ]
     leftovers = [(start, end) for start, end in gaps if end - start < MINIMUM_CUT]
     rest, woven = _rest(section, leftovers, found)
     outside = bytes(data[:begin]) + bytes(data[begin + size :])
@@ -182,7 +184,9 @@ def _rest(
     for weave in found:
         if not isinstance(weave, Weave):
             continue
-        rows = section[weave.offset : weave.offset + weave.rows * weave.pitch].reshape(weave.rows, weave.pitch)
+        rows = section[weave.offset : weave.offset + weave.rows * weave.pitch].reshape(
+            weave.rows, weave.pitch
+        )
         column = 0
         for number, (needle, width) in enumerate(weave.strands):
             if needle is None:
@@ -300,9 +304,7 @@ class Plan:
         column = 0
         for strand in part.strands:
             piece = bytearray((last - first) * strand.bytes)
-            self._copy(
-                strand.digest, strand.start + first * strand.bytes, memoryview(piece), open_files
-            )
+            self._copy(strand.digest, strand.start + first * strand.bytes, memoryview(piece), open_files)
             rows[:, column : column + strand.bytes] = np.frombuffer(piece, np.uint8).reshape(-1, strand.bytes)
             column += strand.bytes
         begin = skip - first * part.width
@@ -330,7 +332,9 @@ class Plan:
         if digest not in self._unpacked:
             try:
                 packed = self.package.store.objects.path(digest).read_bytes()
-                data = lzma.LZMADecompressor().decompress(packed, max_length=self.entry.compressed[digest] + 1)
+                data = lzma.LZMADecompressor().decompress(
+                    packed, max_length=self.entry.compressed[digest] + 1
+                )
             except OSError as error:
                 raise self._unusable(digest, str(error.strerror)) from error
             except (lzma.LZMAError, EOFError) as error:

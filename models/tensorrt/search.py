@@ -181,7 +181,9 @@ def _anywhere(
     data: Bytes, missing: list[tuple[Needle, int]], phases: Sequence[int]
 ) -> tuple[list[Place], list[Rows]]:
     """Whole weights and first and second rows of others at any word."""
-    probes: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # key -> (needle's number, row or -1, at)
+    probes: dict[int, list[tuple[int, int, int]]] = defaultdict(
+        list
+    )  # key -> (needle's number, row or -1, at)
     for number, (needle, at) in enumerate(missing):
         probes[_key_at(needle.data, at)].append((number, -1, at))
         width = needle.size // max(needle.rows, 1)
@@ -246,7 +248,10 @@ def _weaves(data: Bytes, rows: list[Rows], taken: _Intervals) -> list[Weave]:
             begin = strands[0][0]
             inside = [s for s in strands if s[0] + s[2] <= begin + pitch]
             strands = [s for s in strands if s[0] + s[2] > begin + pitch]
-            if (weave := _weave(begin, pitch, count, inside)) and taken.take(begin, begin + pitch * count):
+            slack = begin + pitch - max(offset + width for offset, _, width in inside)
+            start = min(begin, len(data) - pitch * count)  # a row may begin with other bytes
+            weave = _weave(start, pitch, count, inside) if start >= max(0, begin - slack) else None
+            if weave is not None and taken.take(start, start + pitch * count):
                 made.append(weave)
     return made
 

@@ -236,9 +236,7 @@ class TestHolders:
         assert held in ({"others": 1000, "mine": 500}, {"theirs": 1000, "mine": 500})
 
     def test_an_unknown_tag_is_refused(self, pool):
-        with pytest.raises(
-            ValueError, match="unknown tag 'gold': expected 'activations', 'weights' or 'workspace'"
-        ):
+        with pytest.raises(ValueError, match="unknown tag 'gold': expected one of 'activations', 'weights'"):
             pool.allocate(5, "gold")
 
 

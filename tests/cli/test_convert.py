@@ -4,6 +4,7 @@ import onnx
 import pytest
 
 import glake_infer as gi
+from glake_infer.models.tensorrt import library
 
 
 def test_convert_prints_a_table_and_json(empty_shop, shop, fits):
@@ -113,3 +114,45 @@ def test_bad_input_is_explained(shop, arguments, message):
     before = sorted(path.name for path in shop.folder.iterdir())
     assert message in shop.error(*arguments)
     assert sorted(path.name for path in shop.folder.iterdir()) == before
+
+
+def test_convert_builds_an_engine(empty_shop, shop, fits):
+    if not library.installed("tensorrt-rtx"):
+        pytest.skip("tensorrt-rtx is not installed")
+    order = ["convert", shop.folder / "a.onnx", "-o", "x.glake", "--engine", "tensorrt-rtx", "--card", "L4"]
+    assert "--profile input_ids=1x1:8x8:64x64" in empty_shop.error(*order)
+    order += ["--profile", "input_ids=1x1:2x16:4x64", "--streaming", "--workspace", "1GiB"]
+    (engine,) = empty_shop.json(*order)["engines"]
+    assert (engine["kind"], engine["capabilities"], engine["streaming"]) == ("tensorrt-rtx", ["8.9"], True)
+    assert engine["found_bytes"] > 0.9 * engine["weights_bytes"]
+    assert "columns of zeros" in fits_and(fits, empty_shop.run(*order)[0], "found in the store")
+    (model,) = empty_shop.json("inspect", "x.glake")["models"]
+    assert model["engines"]["tensorrt-rtx"]["profiles"] == [
+        {
+            name: {"min": [1, 1], "opt": [2, 16], "max": [4, 64]}
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+        }
+    ]
+    fits_and(
+        fits, empty_shop.run("inspect", "x.glake")[0], "profile 1", "can be streamed", "Engine tensorrt-rtx"
+    )
+    again = empty_shop.run("convert", shop.folder / "a.onnx", "-o", "x.glake")[0]
+    fits_and(fits, again, "The model is the same: its tensorrt-rtx engine stays.")
+
+
+def fits_and(fits, out, *said):
+    fits(out)
+    for words in said:
+        assert words in out
+    return out
+
+
+def test_options_of_an_engine_need_one(shop):
+    message = shop.error("convert", "a.onnx", "-o", "y.glake", "--card", "l4", "--profile", "x=1:2:3")
+    assert (
+        "there is no engine for --profile, --card: give --engine tensorrt-rtx or --engine tensorrt too"
+        in message
+    )
+    assert "'ids=1' cannot be read" in shop.error(
+        "convert", "a.onnx", "-o", "y.glake", "--engine", "tensorrt-rtx", "--profile", "ids=1"
+    )

@@ -16,7 +16,7 @@ from glake_infer.models.manifest import (
     run_digest,
 )
 
-A, B, C = (digest_of(bytes([i])) for i in range(3))
+A, B, C, D = (digest_of(bytes([i])) for i in range(4))
 
 
 def weight(name, digest=A, size=4096):
@@ -70,11 +70,11 @@ def test_a_round_trip(tmp_path):
 
 
 def test_the_format():
-    """Golden: what version 2 looks like never changes."""
+    """Golden: what version 3 looks like never changes."""
     content = json.loads(make(weights=WEIGHTS[:1], runs=(run(0, WEIGHTS[0]),)).to_json())
     assert content == {
         "format": "glake-infer package",
-        "version": 2,
+        "version": 3,
         "producer": "test",
         "source": {"name": "model.onnx", "digest": C},
         "inputs": [{"name": "x", "dtype": "float", "shape": ["n", None, 3]}],
@@ -93,6 +93,7 @@ def test_the_format():
             }
         ],
         "runs": [{"first": 0, "count": 1, "bytes": 4096, "digest": digest_of(A.encode())}],
+        "engines": {},
         "notes": [],
         "identity": content["identity"],
     }
@@ -122,7 +123,7 @@ def test_version_1_stays_readable(tmp_path):
     """Stored bytes: what was written before there were variants with weights of their own."""
     folder = write(tmp_path / "p", VERSION_1)
     manifest = read_manifest(folder)
-    assert manifest.version == 2
+    assert manifest.version == 3
     assert manifest.identity == json.loads(VERSION_1)["identity"]
     for variant in ("onnx", "cpu-lean"):
         assert [w.name for w in manifest.weights_of(variant)] == ["a"]
@@ -133,6 +134,76 @@ def test_version_1_stays_readable(tmp_path):
     content = json.loads(VERSION_1)
     content["weights"][0]["pieces"] = A
     with pytest.raises(PackageError, match="fields that version 1 does not know"):
+        read_manifest(write(tmp_path / "p", resealed(content)))
+
+
+def test_version_2_stays_readable(tmp_path, content):
+    """What was written before there were engines."""
+    del content["engines"]
+    content["version"] = 2
+    manifest = read_manifest(write(tmp_path / "p", resealed(content)))
+    assert (manifest.version, manifest.engines, manifest.weights) == (3, {}, WEIGHTS)
+
+
+ENGINE = {
+    "kind": "tensorrt-rtx", "version": "1.7.1.116", "capabilities": ["8.6", "8.9"], "bytes": 20000, "digest": D,
+    "parts": [
+        {"offset": 0, "bytes": 5000, "digest": C, "start": 0},
+        {"offset": 5000, "bytes": 4096, "digest": B, "start": 0},
+        {"offset": 9096, "bytes": 1024 * 10, "strands": [
+            {"digest": A, "bytes": 256, "start": 0}, {"digest": C, "bytes": 512, "start": 16},
+            {"digest": B, "bytes": 256, "start": 1024}]},
+        {"offset": 19336, "bytes": 664, "digest": C, "start": 5000},
+    ],
+    "objects": {C: 700}, "compressed": {C: 6000},
+    "inputs": [{"name": "x", "dtype": "float", "shape": ["n", 3]}],
+    "outputs": [{"name": "y", "dtype": "float", "shape": ["n", 2]}],
+    "profiles": [{"x": {"min": [1, 3], "opt": [2, 3], "max": [8, 3]}}],
+    "weights_offset": 5000, "weights_bytes": 14336, "aligned": 512, "streaming": False, "notes": ["padded"],
+}  # fmt: skip
+
+
+def test_an_engine_round_trips(tmp_path, content):
+    content["engines"] = {"tensorrt-rtx": ENGINE}
+    manifest = read_manifest(write(tmp_path / "p", resealed(content)))
+    assert json.loads(manifest.to_json())["engines"] == {"tensorrt-rtx": ENGINE}
+    assert manifest.distinct == {A: 4096, B: 4096, C: 700}
+    assert manifest.engines["tensorrt-rtx"].needed == {A, B, C}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda e: e.update(kind="tensorrt"), "calls itself 'tensorrt'"),
+        (lambda e: e["parts"].pop(1), "leave a gap or overlap at byte 5000"),
+        (lambda e: e["parts"].pop(), "have 19336 bytes together, the plan 20000"),
+        (lambda e: e["parts"][0].update(start=1001), "goes beyond the end of its object"),
+        (lambda e: e["parts"][2]["strands"][0].update(start=-1), "greater than or equal to 0"),
+        (lambda e: e["parts"][2]["strands"][2].update(start=2000), "goes beyond the end of its object"),
+        (lambda e: e["parts"][2]["strands"][0].update(bytes=255), "end within a row"),
+        (lambda e: e["parts"][1].update(digest=D), "which is not listed"),
+        (lambda e: e["parts"][1].update(bytes=0), "greater than or equal to 1"),
+        (lambda e: e["objects"].update({D: 5}), "is in no part of the plan"),
+        (lambda e: e["objects"].update({A: 5}), "another size"),
+        (lambda e: e["compressed"].update({B: 9}), "is not listed"),
+        (lambda e: e.update(weights_bytes=15001), "beyond the end of the plan"),
+        (lambda e: e.update(more=1), "more"),
+    ],
+)
+def test_an_engine_that_does_not_hold_together(tmp_path, content, change, said):
+    engine = json.loads(json.dumps(ENGINE))
+    change(engine)
+    content["engines"] = {"tensorrt-rtx": engine}
+    with pytest.raises(PackageError, match=said):
+        read_manifest(write(tmp_path / "p", resealed(content)))
+
+
+def test_engines_of_unknown_kinds_and_in_old_versions(tmp_path, content):
+    content["engines"] = {"openvino": ENGINE}
+    with pytest.raises(PackageError, match="engines"):
+        read_manifest(write(tmp_path / "p", resealed(content)))
+    content.update(version=2, engines={"tensorrt-rtx": ENGINE})
+    with pytest.raises(PackageError, match="version 2 knows no engines"):
         read_manifest(write(tmp_path / "p", resealed(content)))
 
 
@@ -212,10 +283,10 @@ def test_an_altered_manifest_is_noticed(tmp_path, content, change):
 
 
 def test_a_newer_version_says_so_whatever_else_is_new(tmp_path, content):
-    content.update(version=3, weights="elsewhere", more=[])
+    content.update(version=4, weights="elsewhere", more=[])
     with pytest.raises(
         UnsupportedVersionError,
-        match=r"format version 3; this glake-infer reads up to version 2.*pip install -U",
+        match=r"format version 4; this glake-infer reads up to version 3.*pip install -U",
     ):
         read_manifest(write(tmp_path / "p", content))
 

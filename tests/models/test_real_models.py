@@ -1,6 +1,7 @@
 """Ten models that people use: the whole road for each, compared with plain ONNX Runtime."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -9,9 +10,13 @@ import pytest
 import real_models
 
 import glake_infer as gi
+from glake_infer.allocators.errors import ModelError
 from glake_infer.models.convert import convert
 from glake_infer.models.export import export
 from glake_infer.models.package import Package
+from glake_infer.models.tensorrt import library
+from glake_infer.models.tensorrt.convert import make_engine
+from glake_infer.models.tensorrt.plan import Plan
 
 pytestmark = pytest.mark.network
 
@@ -114,3 +119,56 @@ def test_constants_only(workshop):
     weights = Package(make("ppocr-cls"), store).manifest.weights_of("onnx")
     assert sorted(w.bytes for w in weights) == sorted(len(data) for data in held if len(data) >= 1024)
     assert len(weights) == 45
+
+
+REFUSED_BY_TENSORRT = {
+    "minilm-l6-int8": "could not build.*Quantized constant",
+    "ocr-common-old": r"DynamicQuantizeLinear \(node .* and 19 more\): TensorRT does not have it; ConvInteger",
+    "silero-op15": "could not build.*Assertion",  # its If
+    "silero-half": "could not build.*Assertion",
+}
+"""Real models that TensorRT-RTX 1.7 does not take, and what it says (docs/tensorrt.md)."""
+
+
+@pytest.mark.skipif(not library.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
+@pytest.mark.parametrize("name", real_models.ENTRIES)
+def test_engines(workshop, name):
+    make, store = workshop
+    package = Package(make(name), store)
+    manifest = package.manifest
+    feeds = list(real_models.feeds_of(name))
+    profile = {}
+    for value in manifest.inputs:
+        if any(not isinstance(axis, int) for axis in value.shape):
+            axes = [*zip(*(feed[value.name].shape for feed in feeds), strict=True)]
+            profile[value.name] = (tuple(map(min, axes)), tuple(map(max, axes)), tuple(map(max, axes)))
+    options = gi.EngineOptions(
+        kind="tensorrt-rtx", profiles=(profile,) if profile else (), capabilities=("8.6",)
+    )
+
+    def build():
+        graph = package.path / manifest.variants["onnx"].graph
+        return make_engine(
+            graph.read_bytes(),
+            manifest.weights,
+            manifest.inputs,
+            manifest.outputs,
+            options,
+            name=name,
+            store=store,
+        )
+
+    with store.using():
+        if name in REFUSED_BY_TENSORRT:
+            with pytest.raises(ModelError, match=REFUSED_BY_TENSORRT[name]):
+                build()
+            return
+        engine, report = build()
+    assert engine.aligned == 512
+    assert report.found_bytes + sum(engine.objects.values()) > 0.9 * engine.weights_bytes
+    with_engine = SimpleNamespace(
+        path=package.path,
+        store=store,
+        manifest=manifest.model_copy(update={"engines": {engine.kind: engine}}),
+    )
+    assert len(Plan(with_engine, engine.kind).to_bytes()) == engine.bytes
