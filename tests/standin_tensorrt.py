@@ -98,7 +98,16 @@ def tensor(name, kind, shape, *, mode="INPUT", host=False, alias=None):
 
 
 def plan(
-    program, tensors, weights, *, profiles=({},), scratch=(1 << 20, 0), context=0, streaming=False, refuse=""
+    program,
+    tensors,
+    weights,
+    *,
+    profiles=({},),
+    scratch=(1 << 20, 0),
+    context=0,
+    late=0,
+    streaming=False,
+    refuse="",
 ):
     """Bytes of a plan. `profiles`: input -> (min, opt, max). `scratch`: bytes, and bytes per row of the first input."""
     block, places = bytearray(), {}
@@ -109,6 +118,7 @@ def plan(
     header = json.dumps(
         {
             "program": program, "tensors": tensors, "profiles": profiles, "scratch": scratch, "context": context,
+            "late": late,
             "streaming": streaming, "weights": places, "bytes": len(block), "refuse": refuse,
         }
     ).encode()  # fmt: skip
@@ -387,7 +397,7 @@ def make(kind="tensorrt-rtx"):
             self.active_optimization_profile = 0
             self._shapes, self._addresses, self._outputs = {}, {}, {}
             self._scratch = (0, 0)
-            self._held = 0
+            self._held = self._late = 0
             if size := engine._about["context"]:
                 self._held = engine._allocator.allocate_async(size, 256, 0, 0)
                 if not self._held:
@@ -397,8 +407,9 @@ def make(kind="tensorrt-rtx"):
             module.events.append(f"context {'with graphs' if graphs.value else 'made'}")
 
         def __del__(self):
-            if getattr(self, "_held", 0):
-                self.engine._allocator.deallocate_async(self._held, 0)
+            for address in (getattr(self, "_held", 0), getattr(self, "_late", 0)):
+                if address:
+                    self.engine._allocator.deallocate_async(address, 0)
 
         def _fail(self, message):
             logger = self.engine._runtime.logger
@@ -465,6 +476,8 @@ def make(kind="tensorrt-rtx"):
 
         def execute_async_v3(self, stream_handle):
             assert stream_handle
+            if engine_late := self.engine._about["late"] * (not self._late):
+                self._late = self.engine._allocator.allocate_async(engine_late, 256, 0, stream_handle)
             if module.capture is not None:
                 frozen = (dict(self._shapes), dict(self._addresses), self._scratch)
                 module.capture.append(lambda: self._execute(*frozen))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from glake_infer.allocators.errors import GlakeError, InputError, PackageError
+from glake_infer.allocators.errors import DriverError, GlakeError, InputError, PackageError
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.checking import AlteredObjectError, Checker, File
@@ -210,7 +210,13 @@ def _read_plan(model: EngineModel, plan: Plan, failed: Callable[[], bool]) -> An
     reader = None
     with runtime.allocator.tagged("weights"):
         if hasattr(runtime.module, "IStreamReaderV2"):
-            reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed())
+            try:
+                reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed())
+            except RuntimeError as error:
+                raise DriverError(
+                    f"{entry.kind} {runtime.version} cannot read a plan here: {error}. It needs NVIDIA's driver; "
+                    "`glake-infer doctor` says what this machine has."
+                ) from error
             engine = runtime.runtime.deserialize_cuda_engine(reader)
         else:
             engine = runtime.runtime.deserialize_cuda_engine(plan.to_bytes())

@@ -451,6 +451,14 @@ def test_suspended_weights_come_back_by_the_next_run(tmp_path, store, load, weig
     assert not model.memory.asleep
 
 
+def test_memory_that_a_context_takes_in_its_first_run_goes_too(tmp_path, store, load, weights, pool):
+    model = load(linear(tmp_path, store, weights, late=MiB))
+    model.run({"x": rows(1)})
+    model.suspend()
+    assert pool.stats().reserved == 0
+    check(model.run({"x": rows(1)}), weights, rows(1))
+
+
 def test_contexts_that_hold_nothing_outlive_a_suspension(model, weights, trt):
     model.run({"x": rows(1)})
     model.suspend()
