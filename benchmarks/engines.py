@@ -67,6 +67,10 @@ def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+def _sleep(engines: list[tuple[Any, Any]]) -> int:
+    return sum(holding.suspend() for _, holding in engines)
+
+
 def _wake(engines: list[tuple[Any, Any]]) -> None:
     for _, holding in engines:
         with holding:
@@ -81,10 +85,11 @@ def on_the_pool(
     loads = [timed(ours.load, plan, each) for plan, each in zip(plans, data, strict=True)]
     seconds, engines = [took for took, _ in loads], [engine for _, engine in loads]
     held = before - cuda.free_memory(index)
-    asleep, freed = timed(lambda: sum(holding.suspend() for _, holding in engines))
+    asleep, freed = timed(_sleep, engines)
     after_sleep = before - cuda.free_memory(index)
     woken, _ = timed(_wake, engines)
-    del loads, engines
+    loads.clear()
+    engines.clear()
     gc.collect()
     pool.trim()
     return {
