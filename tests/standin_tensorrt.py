@@ -1,7 +1,7 @@
 """A library that behaves like TensorRT's Python API, where TensorRT cannot run: its kernels are numpy's, on a pool on "cpu".
 
 `make(kind)` returns a module to put into `sys.modules`. Names, signatures and what calls return are TensorRT's
-(tests/models/test_tensorrt_api.py compares them with the real library). A plan of `plan(...)` holds weights as real ones do:
+(tests/models/tensorrt/test_api.py compares them with the real library). A plan of `plan(...)` holds weights as real ones do:
 raw, at the end, the last of them first, in one block that is asked for at deserialization.
 
 What TensorRT leaves undefined fails here: an address that is not aligned, scratch memory that is too small, or that another
