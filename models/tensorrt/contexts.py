@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,9 @@ class Contexts:
             if self._free:
                 slot = self._free.pop()
             else:
-                slot = Slot(self.runtime.device.take_stream())
+                device = self.runtime.device
+                slot = Slot(device.take_stream())
+                weakref.finalize(slot, device.give_stream_back, slot.stream).atexit = False
                 self._slots.append(slot)
         try:
             if slot.context is None:
@@ -132,7 +135,5 @@ class Contexts:
             self._condition.notify_all()
         self.sleep(everything=True)
         with self._condition:
-            slots, self._slots, self._free = self._slots, [], []
-        for slot in slots:
-            self.runtime.device.give_stream_back(slot.stream)
+            self._slots, self._free = [], []
         self.engine = None

@@ -9,7 +9,8 @@ outlast that; but it holds memory, and is dropped then.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from glake_infer.allocators.errors import GlakeError
@@ -67,15 +68,23 @@ class Captured:
     bytes: int
     """All that it holds, with what TensorRT asked for when the context was made."""
     stream: int
-    graph: int = 0
-    """Of ours; 0: TensorRT-RTX has one of its own, or there is none."""
     tried: bool = False
     """Whether a run was captured, or could not be."""
+    graph: list[int] = field(default_factory=list)
+    """The graph that was captured here; TensorRT-RTX has one of its own."""
+
+    def __post_init__(self) -> None:
+        """See that what it holds goes back, whether it is closed or dropped."""
+        addresses = [*self.inputs.values(), *(address for address, _ in self.outputs.values()), self.scratch]
+        self._release = weakref.finalize(
+            self, _release, self.runtime.device, self.graph, self.pool, [a for a in addresses if a]
+        )
+        self._release.atexit = False
 
     def queue(self) -> None:
         """Queue a run. The inputs are at their addresses, or are queued to be."""
         if self.graph:
-            self.runtime.device.launch(self.graph, self.stream)
+            self.runtime.device.launch(self.graph[0], self.stream)
         elif not self.context.execute_async_v3(self.stream):
             raise self.runtime.failure("the engine could not be run")
 
@@ -91,20 +100,21 @@ class Captured:
             try:
                 queued = bool(context.execute_async_v3(self.stream))
             finally:
-                self.graph = device.end_capture(self.stream, keep=queued)
+                if graph := device.end_capture(self.stream, keep=queued):
+                    self.graph.append(graph)
         if not self.graph:
             self.runtime.take_errors()  # they were about this attempt
         return bool(self.graph)
 
     def close(self) -> None:
         """Give everything back; no run uses it."""
-        if self.graph:
-            self.runtime.device.destroy(self.graph)
-            self.graph = 0
         self.context = None
-        addresses = [*self.inputs.values(), *(address for address, _ in self.outputs.values()), self.scratch]
-        self.inputs, self.outputs, self.scratch, self.bytes = {}, {}, 0, 0
-        for address in addresses:
-            if address:
-                with contextlib.suppress(GlakeError):  # the handle was closed, with this still in use
-                    self.pool.deallocate(address)
+        self._release()
+
+
+def _release(device: Device, graph: list[int], pool: Pool, addresses: list[int]) -> None:
+    for handle in graph:
+        device.destroy(handle)
+    for address in addresses:
+        with contextlib.suppress(GlakeError):  # the parent's, in a child of fork()
+            pool.deallocate(address)

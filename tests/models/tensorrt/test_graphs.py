@@ -1,7 +1,13 @@
 """CUDA graphs of engines."""
 
+import gc as garbage
+
 import pytest
 from engine_packages import check, linear, rows
+
+import glake_infer as gi
+from glake_infer.models.tensorrt.device import HostDevice
+from glake_infer.models.tensorrt.load import EngineSettings, load_engine
 
 MiB = 1 << 20
 BLOCK = 2 * MiB  # weights of a `linear` engine
@@ -57,6 +63,25 @@ def test_a_capture_that_fails_is_done_without(tmp_path, store, load, weights, tr
     for _ in range(4):
         check(model.run({"x": rows(3)}), weights, rows(3))
     assert "launch" not in trt.events
+
+
+@pytest.mark.parametrize("trt", ["tensorrt"], indirect=True)
+def test_a_model_that_is_dropped_leaves_no_graph_and_no_memory(
+    tmp_path, store, weights, pool, trt, graphs, monkeypatch
+):
+    given_back = []
+    monkeypatch.setattr(HostDevice, "give_stream_back", lambda self, stream: given_back.append(stream))
+    path = linear(tmp_path, store, weights, kind="tensorrt")
+    with store.using():
+        model = load_engine(gi.Package(path, store), pool, "tensorrt", EngineSettings())
+    for _ in range(3):
+        model.run({"x": rows(1)})
+    assert len(graphs.graphs) == 1
+    del model
+    garbage.collect()
+    assert not trt.engines
+    assert not graphs.graphs
+    assert given_back == [1]
 
 
 def test_graphs_make_room_for_a_run(tmp_path, store, load, weights, pool, trt, graphs):
