@@ -30,9 +30,20 @@ from glake_infer.models.tensorrt.convert import make_engine
 from glake_infer.models.tensorrt.library import LOGGER
 from glake_infer.models.tensorrt.plan import Plan, weights_section
 
-pytestmark = pytest.mark.skipif(not library.installed("tensorrt-rtx"), reason="tensorrt-rtx is not installed")
-
 RTX = "tensorrt-rtx"
+
+pytestmark = pytest.mark.skipif(
+    not any(map(library.installed, library.KINDS)), reason="no TensorRT is installed"
+)
+
+
+@pytest.fixture(autouse=True)
+def installed(request):
+    """Of tests that name no kind: with TensorRT-RTX."""
+    if "tensorrt" not in request.node.keywords and not library.installed(RTX):
+        pytest.skip("tensorrt-rtx is not installed")
+
+
 TOKENS = ({"input_ids": ((1, 1), (1, 16), (2, 64))},)
 HEADS = {"a": 2, "b": 17, "c": 1000, None: None}
 OPTIONS = gi.EngineOptions(kind=RTX, profiles=TOKENS, capabilities=("8.6",))
@@ -58,7 +69,9 @@ def tiny(path, *, labels=2, changed=False):
 
 
 def reader(path, store):
-    return Plan(gi.Package(path, store), RTX)
+    package = gi.Package(path, store)
+    (kind,) = package.manifest.engines
+    return Plan(package, kind)
 
 
 def on_disk(store):
@@ -66,16 +79,21 @@ def on_disk(store):
     return sum(path.lstat().st_blocks * 512 for path in store.root.rglob("*"))
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
+@pytest.fixture(scope="module", params=[RTX, pytest.param("tensorrt", marks=pytest.mark.tensorrt)])
+def family(request, tmp_path_factory):
     """Four fine-tunes of one trunk with engines: (store, {head: package}, {head: report})."""
+    if not library.installed(request.param):
+        pytest.skip(f"{request.param} is not installed")
+    options = OPTIONS
+    if request.param == "tensorrt":
+        options = dataclasses.replace(OPTIONS, kind="tensorrt", capabilities=())
     folder = tmp_path_factory.mktemp("family")
     store = gi.Store(folder / "store")
     packages, reports = {}, {}
     for head, labels in HEADS.items():
         packages[head] = folder / f"{head}.glake"
         spec = zoo.spec("bert-mini", head=head, labels=labels)
-        reports[head] = zoo.convert(spec, packages[head], store=store, engine=OPTIONS)
+        reports[head] = zoo.convert(spec, packages[head], store=store, engine=options)
     return store, packages, reports
 
 
@@ -159,7 +177,7 @@ def test_what_was_padded_is_told(family):
     _, packages, reports = family
     assert "the head 'classifier.weight' got 126 columns of zeros" in " ".join(reports["a"].notes)
     assert reports[None].notes == ()
-    entry = read_manifest(packages["b"]).engines[RTX]
+    (entry,) = read_manifest(packages["b"]).engines.values()
     assert "got 111 columns" in entry.notes[0]
 
 
@@ -494,8 +512,8 @@ def test_an_engine_whose_parts_are_lost_is_dropped(copied, tmp_path):
 def test_inspect_shows_the_engine(family):
     store, packages, _ = family
     (found,) = gi.inspect(packages["a"], store=store).models
-    engine = found.engines[RTX]
-    entry = read_manifest(packages["a"]).engines[RTX]
+    (engine,) = found.engines.values()
+    (entry,) = read_manifest(packages["a"]).engines.values()
     assert (engine.version, engine.bytes, engine.weights_bytes) == (
         entry.version,
         entry.bytes,
