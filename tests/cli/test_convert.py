@@ -150,7 +150,8 @@ def fits_and(fits, out, *said):
 def test_options_of_an_engine_need_one(shop):
     message = shop.error("convert", "a.onnx", "-o", "y.glake", "--card", "l4", "--profile", "x=1:2:3")
     assert (
-        "there is no engine for --profile, --card: give --engine tensorrt-rtx or --engine tensorrt too" in message
+        "there is no engine for --profile, --card: give --engine tensorrt-rtx or --engine tensorrt too"
+        in message
     )
     assert "'ids=1' cannot be read" in shop.error(
         "convert", "a.onnx", "-o", "y.glake", "--engine", "tensorrt-rtx", "--profile", "ids=1"

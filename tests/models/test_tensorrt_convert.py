@@ -377,7 +377,9 @@ def test_progress_and_log(tmp_path, caplog):
     (total,) = {total for _, total in steps}
     assert (steps[0], steps[-1]) == ((0, total), (total, total))
     assert {done for done, _ in steps} == set(range(total + 1))
-    assert any("Total Weights Memory" in record.message for record in caplog.records)
+    said = [int(found[1]) for record in caplog.records if (found := build.WEIGHTS.search(record.message))]
+    assert len(said) == 2  # the second is filled up
+    assert said[-1] == reader(tmp_path / "m.glake", gi.Store(tmp_path / "store")).entry.weights_bytes
 
 
 class Stop(Exception):
