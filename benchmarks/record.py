@@ -46,7 +46,16 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("glake-infer", "onnxruntime", "onnxruntime-gpu", "torch", "rmm-cu13", "onnx", "numpy"):
+    for name in (
+        "glake-infer",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "torch",
+        "rmm-cu13",
+        "onnx",
+        "numpy",
+        "tensorrt-rtx",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -18,6 +18,7 @@ _HOMES = {
     "DeviceNotFoundError": "allocators.errors",
     "DigestMismatchError": "allocators.errors",
     "DriverError": "allocators.errors",
+    "EngineModel": "models.tensorrt.engine",
     "EngineOptions": "models.tensorrt.options",
     "EngineWeights": "engine_weights",
     "ForkedProcessError": "allocators.errors",
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
     from glake_infer.models.package import Package
     from glake_infer.models.runtime import Runtime
     from glake_infer.models.status import monitor
+    from glake_infer.models.tensorrt.engine import EngineModel
     from glake_infer.models.tensorrt.options import EngineOptions
     from glake_infer.pool import Pool
     from glake_infer.store import Store

@@ -135,7 +135,8 @@ def set_budget(engine: Any, budget: int) -> None:
     Raises ModelError where TensorRT does not take it: there was no room, say.
     """
     engine.weight_streaming_budget_v2 = budget
-    if (got := int(engine.weight_streaming_budget_v2)) != budget:
+    got = int(engine.weight_streaming_budget_v2)
+    if got > budget or (budget and not got):  # the one of before
         raise ModelError(
             f"TensorRT did not take a budget of {budget} bytes for weights on the device; it is {got}. Give a larger "
             "`offload`, or make room in the pool."

@@ -155,15 +155,13 @@ def _check_validity(package: Package, plan: Plan, runtime: EngineRuntime) -> Ite
         for member in runtime.module.EngineInvalidityDiagnostics.__members__.values()
         if int(diagnostics) & int(member.value)
     ]
-    if validity.name == "INVALID":
-        why = ", ".join(reasons) or "it gives no reason"
-        error = runtime.failure(
-            f"TensorRT does not take the {plan.entry.kind} engine of {package.path} on {runtime.device.title} ({why}). "
-            f"Convert {package.manifest.source.name} again with --engine {plan.entry.kind}, or load it with "
-            "engine='onnxruntime'",
+    if validity.name == "INVALID" and reasons:  # without a reason the deserialization will tell
+        raise runtime.failure(
+            f"TensorRT does not take the {plan.entry.kind} engine of {package.path} on {runtime.device.title}: "
+            f"{', '.join(reasons)}. Convert {package.manifest.source.name} again with --engine {plan.entry.kind}, or load "
+            "it with engine='onnxruntime'",
             PackageError,
         )
-        raise error
     if validity.name == "SUBOPTIMAL":
         yield f"TensorRT runs this engine here, but not at its best: {', '.join(reasons) or 'it gives no reason'}"
 

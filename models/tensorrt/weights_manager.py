@@ -43,8 +43,8 @@ def map_chunks(
     manager = create() if create is not None else None
     if manager is None:
         raise InputError(
-            f"the engine's weights cannot be mapped by {runtime.kind} {runtime.version}: this needs an engine that was built "
-            "without its weights (STRIP_PLAN), and TensorRT-RTX 1.7 or newer. Load it with its weights."
+            f"the engine's weights cannot be mapped by {runtime.kind} {runtime.version}: this needs an engine that was "
+            "built without its weights (STRIP_PLAN), and TensorRT-RTX 1.7 or newer. Load it with its weights."
         )
     size = int(manager.get_size())
     position = 0

@@ -101,3 +101,10 @@ def test_offload_is_for_gpus(shop, offload):
     assert model["memory"]["offloaded"] == report["memory"]["offloaded"] == 0
     out, _ = shop.run("run", "a.glake", "--offload", "none")
     assert "On the host" not in out
+
+
+def test_an_engine_needs_a_gpu_and_a_package_that_has_it(shop):
+    error = shop.error("run", "a.glake", "--engine", "tensorrt-rtx")
+    assert "engine='tensorrt-rtx' needs a GPU" in error
+    report = shop.json("run", "a.glake", "--engine", "onnxruntime", "--concurrency", "2")
+    assert report["models"][0]["runs"] == 1

@@ -653,6 +653,18 @@ def test_a_plan_that_tensorrt_refuses_quotes_it(tmp_path, store, load, weights, 
     assert pool.stats().active == 0
 
 
+def test_tensorrts_own_verdict_is_told(tmp_path, store, load, weights, pool, trt, monkeypatch):
+    path = linear(tmp_path, store, weights)
+    verdicts = trt.EngineValidity
+    monkeypatch.setattr(trt.Runtime, "get_engine_validity", lambda self, buffer: (verdicts.INVALID, 3))
+    with pytest.raises(gi.PackageError, match=r"does not take.*: version mismatch, unsupported cc\. Convert"):
+        load(path)
+    monkeypatch.setattr(trt.Runtime, "get_engine_validity", lambda self, buffer: (verdicts.SUBOPTIMAL, 2))
+    assert any("not at its best: unsupported cc" in note for note in load(path).notes)
+    monkeypatch.setattr(trt.Runtime, "get_engine_validity", lambda self, buffer: (verdicts.INVALID, 0))
+    check(load(path).run({"x": rows(1)}), weights, rows(1))  # no reason: the deserialization decides
+
+
 def test_an_engine_without_room_is_told_with_the_pools_figures(tmp_path, store, load, weights, pool):
     path = linear(tmp_path, store, weights)
     pool.limit = MiB
@@ -746,6 +758,60 @@ def test_on_the_cpu_a_package_with_an_engine_runs_its_graph(tmp_path, store, wei
         results = model.run({"x": rows(2)})
         np.testing.assert_allclose(results["y"], expected(weights, rows(2))["y"], rtol=1e-3, atol=1e-4)
         assert model.session
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """`gi.load` takes engines on the CPU's pool, too."""
+    from glake_infer.models import load as module
+
+    def engine_for(package, pool, asked):
+        return None if asked == "onnxruntime" else next(iter(package.manifest.engines), None)
+
+    monkeypatch.setattr(module, "engine_for", engine_for)
+    monkeypatch.setattr(module, "parse_device", lambda device: "cuda:0")
+
+
+def test_gi_load_and_a_runtime_take_engines(tmp_path, store, weights, pool, trt, as_on_a_gpu):
+    path = linear(tmp_path, store, weights)
+    with gi.Runtime(pool=pool, store=store) as runtime:
+        model = runtime.load(path, engine="tensorrt-rtx", concurrency=2, priority=3)
+        assert isinstance(model, gi.EngineModel)
+        assert (model.kind, model.priority, model.pinned) == ("tensorrt-rtx", 3, False)
+        check(model.run({"x": rows(1)}), weights, rows(1))
+        assert runtime.suspend_idle() >= BLOCK
+        check(model.run({"x": rows(1)}), weights, rows(1))
+        assert runtime.models == [model]
+    assert model.closed
+    del model
+    with gi.load(path, pool, store=store, engine="onnxruntime") as model:
+        assert not isinstance(model, gi.EngineModel)
+
+
+def test_run_takes_packages_with_engines(tmp_path, store, weights, trt, as_on_a_gpu):
+    from glake_infer.models import runner
+
+    other = {**weights, "w2": matrices(5, 16)["w2"]}
+    paths = [linear(tmp_path, store, weights, "one"), linear(tmp_path, store, other, "two")]
+    trt.delay = 0.01
+    report = runner.run(
+        paths,
+        shapes=["x=3,512"],
+        repeat=4,
+        threads=2,
+        engine="tensorrt-rtx",
+        save=tmp_path / "out",
+        store=store,
+    )
+    assert [(m.name, m.runs, m.outputs[0].shape) for m in report.models] == [
+        ("one", 4, (3, 512)), ("two", 4, (3, 16)),
+    ]  # fmt: skip
+    assert report.memory.shared >= MiB
+    assert any("are those of other engines" in note for note in report.models[1].notes)
+    saved = np.load(tmp_path / "out" / "two.npz")
+    assert saved["y"].shape == (3, 16)
+    garbage.collect()
+    assert not trt.engines
 
 
 def test_the_status_shows_engines(model):
