@@ -86,8 +86,8 @@ def make_engine(
             seconds += built.seconds
             aligned = True
             notes.append(
-                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes "
-                "lie alike in their engines"
+                f"{missing} bytes were put behind the output {output!r}, and are sliced off again (a copy of it in each "
+                "run): so trunks of fine-tunes lie alike in their engines"
             )
     made = split(built.plan, weights, store)
     engine = Engine(
