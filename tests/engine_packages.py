@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import building
 import numpy as np
 import standin_tensorrt as standin
@@ -86,3 +88,31 @@ def small_graph(inputs, outputs):
     first = next(iter(inputs))
     nodes = [building.node("Cast", [first], [name], to=kinds[kind]) for name, (kind, _) in outputs.items()]
     return building.model(nodes, *described)
+
+
+def rows(n, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, SIDE), np.float32)
+
+
+def check(results, weights, x):
+    for name, array in expected(weights, x).items():
+        if name in results:
+            np.testing.assert_array_equal(results[name], array)
+
+
+def run_at_once(runs):
+    errors, start = [], threading.Barrier(len(runs))
+
+    def work(run):
+        try:
+            start.wait()
+            run()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors

@@ -1,7 +1,7 @@
 """A library that behaves like TensorRT's Python API, where TensorRT cannot run: its kernels are numpy's, on a pool on "cpu".
 
 `make(kind)` returns a module to put into `sys.modules`. Names, signatures and what calls return are TensorRT's
-(tests/models/test_tensorrt_api.py compares them with the real library). A plan of `plan(...)` holds weights as real ones do:
+(tests/models/tensorrt/test_api.py compares them with the real library). A plan of `plan(...)` holds weights as real ones do:
 raw, at the end, the last of them first, in one block that is asked for at deserialization.
 
 What TensorRT leaves undefined fails here: an address that is not aligned, scratch memory that is too small, or that another
@@ -24,6 +24,7 @@ import numpy as np
 VERSION = "1.7.1.116"
 MAGIC = b"STANDIN\0"
 TRAILER = 4
+MiB = 1 << 20
 
 
 class _Log:
@@ -97,7 +98,16 @@ def tensor(name, kind, shape, *, mode="INPUT", host=False, alias=None):
 
 
 def plan(
-    program, tensors, weights, *, profiles=({},), scratch=(1 << 20, 0), context=0, streaming=False, refuse=""
+    program,
+    tensors,
+    weights,
+    *,
+    profiles=({},),
+    scratch=(1 << 20, 0),
+    context=0,
+    late=0,
+    streaming=False,
+    refuse="",
 ):
     """Bytes of a plan. `profiles`: input -> (min, opt, max). `scratch`: bytes, and bytes per row of the first input."""
     block, places = bytearray(), {}
@@ -108,6 +118,7 @@ def plan(
     header = json.dumps(
         {
             "program": program, "tensors": tensors, "profiles": profiles, "scratch": scratch, "context": context,
+            "late": late,
             "streaming": streaming, "weights": places, "bytes": len(block), "refuse": refuse,
         }
     ).encode()  # fmt: skip
@@ -278,7 +289,10 @@ def make(kind="tensorrt-rtx"):
         def get_device_memory_size_for_profile_v2(self, profile_index):
             spans = self._about["profiles"][profile_index]
             rows = next(iter(spans.values()))[2][0] if spans else 0
-            return self._scratch_for(rows)
+            return self._scratch_for(rows) + self._streaming_scratch()
+
+        def _streaming_scratch(self):
+            return MiB if self._budget < self.streamable_weights_size else 0
 
         def create_runtime_config(self):
             return IRuntimeConfig()
@@ -383,7 +397,7 @@ def make(kind="tensorrt-rtx"):
             self.active_optimization_profile = 0
             self._shapes, self._addresses, self._outputs = {}, {}, {}
             self._scratch = (0, 0)
-            self._held = 0
+            self._held = self._late = 0
             if size := engine._about["context"]:
                 self._held = engine._allocator.allocate_async(size, 256, 0, 0)
                 if not self._held:
@@ -393,8 +407,9 @@ def make(kind="tensorrt-rtx"):
             module.events.append(f"context {'with graphs' if graphs.value else 'made'}")
 
         def __del__(self):
-            if getattr(self, "_held", 0):
-                self.engine._allocator.deallocate_async(self._held, 0)
+            for address in (getattr(self, "_held", 0), getattr(self, "_late", 0)):
+                if address:
+                    self.engine._allocator.deallocate_async(address, 0)
 
         def _fail(self, message):
             logger = self.engine._runtime.logger
@@ -461,6 +476,8 @@ def make(kind="tensorrt-rtx"):
 
         def execute_async_v3(self, stream_handle):
             assert stream_handle
+            if engine_late := self.engine._about["late"] * (not self._late):
+                self._late = self.engine._allocator.allocate_async(engine_late, 256, 0, stream_handle)
             if module.capture is not None:
                 frozen = (dict(self._shapes), dict(self._addresses), self._scratch)
                 module.capture.append(lambda: self._execute(*frozen))
@@ -476,7 +493,11 @@ def make(kind="tensorrt-rtx"):
 
         def _execute(self, given, addresses, scratch):
             engine = self.engine
-            if scratch[1] < engine._scratch_for(next(iter(given.values()))[0] if given else 0):
+            least = (
+                engine._scratch_for(next(iter(given.values()))[0] if given else 0)
+                + engine._streaming_scratch()
+            )
+            if scratch[1] < least:
                 return self._fail(f"scratch memory of {scratch[1]} bytes is too small")
             if engine._about["bytes"] and not engine._block and not engine._host:
                 return self._fail("the weights are not loaded")
@@ -502,6 +523,9 @@ def make(kind="tensorrt-rtx"):
                 address, result = addresses.get(name), np.ascontiguousarray(results[name])
                 if name in self._outputs:
                     asked = max(result.nbytes, 1)
+                    address = self._outputs[name].reallocate_output_async(
+                        name, address or 0, -(-asked // 2), 256, 1
+                    )
                     address = self._outputs[name].reallocate_output_async(name, address or 0, asked, 256, 1)
                     self._outputs[name].notify_shape(name, result.shape)
                 if not address:

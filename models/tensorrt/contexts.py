@@ -112,8 +112,12 @@ class Contexts:
         return bool(graphs)
 
     def sleep(self, *, everything: bool = False) -> None:
-        """Give back what contexts hold that no run uses: those go that hold memory, or all of them, and all graphs."""
+        """Give back what contexts hold that no run uses: those go that hold memory, or all of them, and all graphs.
+
+        What TensorRT asked for in a run and kept may be any context's: then all go.
+        """
         self.drop_graphs()
+        everything = everything or bool(self.runtime.allocator.held("scratch"))
         with self._condition:
             gone = [slot for slot in self._free if slot.held or everything]
             contexts = [(slot.context, slot.outputs) for slot in gone]

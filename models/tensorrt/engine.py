@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.engine_weights import SharingReport
 from glake_infer.holding import HostCopy
-from glake_infer.models.model import Model, Place
+from glake_infer.models.model import Model, Place, _by_number
 from glake_infer.models.package import Package
 from glake_infer.models.tensorrt.contexts import Contexts
 from glake_infer.models.tensorrt.execution import Execution
@@ -93,6 +95,15 @@ class EngineModel(Model):
 
 FIRST_RUNS = 3
 """Runs after each of which what TensorRT-RTX has compiled is kept; later it is when the model sleeps, or is closed."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """End engines at exit, while Python is there: TensorRT gives their memory back through it. Those that run are let be."""
+    for model in list(_by_number.values()):
+        with contextlib.suppress(Exception):
+            if isinstance(model, EngineModel) and not model.closed and not model.busy:
+                model.close()
 
 
 def _array_of(fed: Any) -> Any:

@@ -72,7 +72,7 @@ class Execution:
         profile = self.interface.profile_for(shapes, values)
         for stream in {a.stream for a in feeds.values() if isinstance(a, Borrowed) and a.stream is not None}:
             self._device.synchronize(stream)
-        with self.contexts.take() as slot, self._runtime.allocator.tagged("context"):
+        with self.contexts.take() as slot, self._runtime.allocator.tagged("scratch"):
             self._runtime.take_errors()
             if self.graphs and (captured := self._graph(slot, profile, shapes)):
                 try:

@@ -71,14 +71,18 @@ class Interface:
         """
         self._trt = trt
         self.profiles = int(engine.num_optimization_profiles)
-        names = [engine.get_tensor_name(index) for index in range(int(engine.num_io_tensors))]
         known = {value.name: value for value in (*inputs, *outputs)}
-        found = [(name, self._tensor(engine, name, known.get(name))) for name in names]
-        fed = {name for name in names if engine.get_tensor_mode(name).name == "INPUT"}
-        self.inputs = tuple(tensor for name, tensor in found if name in fed)
-        self.outputs = tuple(tensor for name, tensor in found if name not in fed)
+        fed: list[Tensor] = []
+        made: list[Tensor] = []
+        for index in range(
+            int(engine.num_io_tensors)
+        ):  # no comprehension: an error would keep it, and the engine
+            name = engine.get_tensor_name(index)
+            is_input = engine.get_tensor_mode(name).name == "INPUT"
+            (fed if is_input else made).append(self._tensor(engine, name, known.get(name), is_input))
+        self.inputs, self.outputs = tuple(fed), tuple(made)
 
-    def _tensor(self, engine: Any, name: str, known: Value | None) -> Tensor:
+    def _tensor(self, engine: Any, name: str, known: Value | None, is_input: bool) -> Tensor:
         kind = engine.get_tensor_dtype(name).name
         if kind not in ELEMENTS:
             raise ModelError(
@@ -100,19 +104,18 @@ class Interface:
             "dtype": DTYPES[element],
             "on_host": engine.get_tensor_location(name).name == "HOST",
         }
-        if engine.get_tensor_mode(name).name != "INPUT":
+        if not is_input:
             alias = getattr(engine, "get_aliased_input_tensor", None)  # not in every version
             return Tensor(**tensor, alias=(alias(name) or None) if alias else None)
         dynamic = any(size < 0 for size in shape)
-        spans: tuple[Span, ...] = ()
-        values: tuple[Span | None, ...] = ()
-        if dynamic:
-            spans = tuple(
-                _span(engine.get_tensor_profile_shape(name, profile)) for profile in range(self.profiles)
-            )
-        if tensor["on_host"]:
-            values = tuple(_profile_values(engine, name, profile) for profile in range(self.profiles))
-        return Tensor(**tensor, dynamic=dynamic, shapes=spans, values=values)
+        spans: list[Span] = []
+        values: list[Span | None] = []
+        for profile in range(self.profiles):
+            if dynamic:
+                spans.append(_span(engine.get_tensor_profile_shape(name, profile)))
+            if tensor["on_host"]:
+                values.append(_profile_values(engine, name, profile))
+        return Tensor(**tensor, dynamic=dynamic, shapes=tuple(spans), values=tuple(values))
 
     def profile_for(self, shapes: Mapping[str, Shape], values: Mapping[str, np.ndarray[Any, Any]]) -> int:
         """The optimization profile for these shapes, and values of shape tensors: the one with the smallest maximum.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from glake_infer.allocators.errors import GlakeError, InputError, PackageError
+from glake_infer.allocators.errors import DriverError, GlakeError, InputError, PackageError
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
 from glake_infer.checking import AlteredObjectError, Checker, File
@@ -116,9 +116,8 @@ def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettin
             _finish(model, plan, *_deserialize(model, plan, settings), settings)
         except BaseException as error:
             model.__dict__.pop("engine", None)
-            traceback.clear_frames(
-                error.__traceback__
-            )  # they hold the engine; TensorRT gives its memory back with it
+            # They hold the engine, and TensorRT gives its memory back with that.
+            traceback.clear_frames(error.__traceback__)
             raise
     return model
 
@@ -211,7 +210,13 @@ def _read_plan(model: EngineModel, plan: Plan, failed: Callable[[], bool]) -> An
     reader = None
     with runtime.allocator.tagged("weights"):
         if hasattr(runtime.module, "IStreamReaderV2"):
-            reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed())
+            try:
+                reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed())
+            except RuntimeError as error:
+                raise DriverError(
+                    f"{entry.kind} {runtime.version} cannot read a plan here: {error}. It needs NVIDIA's driver; "
+                    "`glake-infer doctor` says what this machine has."
+                ) from error
             engine = runtime.runtime.deserialize_cuda_engine(reader)
         else:
             engine = runtime.runtime.deserialize_cuda_engine(plan.to_bytes())

@@ -4,10 +4,15 @@ import enum
 import inspect
 import re
 
+import building
 import pytest
 import standin_tensorrt
+from engine_packages import linear, matrices
 
+import glake_infer as gi
+from glake_infer.allocators import _native
 from glake_infer.models.tensorrt.execution import _output_allocator
+from glake_infer.models.tensorrt.load import EngineSettings, load_engine
 from glake_infer.models.tensorrt.reader import _reader_class
 
 real = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -90,3 +95,37 @@ def test_what_is_made_here_derives_from_the_real_classes():
         made.reallocate_output_async("y", 0, 1, 256, 1) == 0
     )  # outside a run: refused, and nothing is raised
     assert isinstance(made.error, AssertionError)
+
+
+@pytest.fixture
+def pool():
+    with gi.Pool("cpu") as pool:
+        yield pool
+        assert pool.stats().active == 0
+
+
+def test_the_real_library_refuses_what_is_no_plan(tmp_path, store, pool):
+    package = gi.Package(linear(tmp_path, store, matrices(0)), store)
+    with (
+        store.using(),
+        pytest.raises(gi.PackageError, match=r"does not take .*: malformed engine\. Convert model\.onnx"),
+    ):
+        load_engine(package, pool, "tensorrt-rtx", EngineSettings())
+
+
+def test_without_a_driver_the_error_says_so(tmp_path, store, pool):
+    try:
+        if _native.cuda_device_count():
+            pytest.skip("this machine has a GPU")
+    except gi.GlakeError:
+        pass
+    proto = building.model(
+        [building.node("MatMul", ["x", "w"], ["y"])], [building.floats("x", (4, 32))], [building.floats("y", (4, 32))],
+        [building.tensor(building.matrix(1), "w")],
+    )  # fmt: skip
+    gi.convert(
+        building.save(proto, tmp_path / "m.onnx"), tmp_path / "m.glake", engine="tensorrt-rtx", store=store
+    )
+    package = gi.Package(tmp_path / "m.glake", store)
+    with store.using(), pytest.raises(gi.DriverError, match=r"cannot read a plan here.*`glake-infer doctor`"):
+        load_engine(package, pool, "tensorrt-rtx", EngineSettings())
