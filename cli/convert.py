@@ -101,7 +101,9 @@ def engine_options(
     if engine is None:
         given = {"--profile": profiles, "--card": cards, "--streaming": streaming, "--workspace": workspace}
         if names := [name for name, value in given.items() if value]:
-            fail(f"there is no engine for {', '.join(names)}: give --engine tensorrt-rtx or --engine tensorrt too.")
+            fail(
+                f"there is no engine for {', '.join(names)}: give --engine tensorrt-rtx or --engine tensorrt too."
+            )
         return None
     from glake_infer.allocators.sizes import parse_bytes
     from glake_infer.models.tensorrt.library import check_kind

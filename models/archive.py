@@ -86,7 +86,9 @@ def export_archive(
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
-    return ExportReport(str(target), len(distinct), target.stat().st_size)
+    return ExportReport(
+        str(target), len({weight.digest for weight in opened.manifest.weights}), target.stat().st_size
+    )
 
 
 def import_archive(

@@ -41,6 +41,8 @@ OUT_OF_MEMORY = re.compile(
     r"out of memory|outofmemory|insufficient memory|bad_alloc|cudaErrorMemoryAllocation", re.I
 )
 
+WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+
 SAYS_NOTHING = ("", "false")
 NO_PLUGIN = "Plugin not found"
 
@@ -61,6 +63,8 @@ class BuiltPlan:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     profiles: tuple[dict[str, Shapes], ...]
+    weights_bytes: int | None
+    """Of the block of weights, as the builder's log says; None where it does not."""
     seconds: float
 
 
@@ -118,7 +122,8 @@ def build_plan(
     start = time.perf_counter()
     capabilities = check_options(options)
     trt = library.module(options.kind)
-    logger = library.make_logger(trt)
+    told: list[str] = []
+    logger = library.make_logger(trt, lambda severity, message: told.append(message))
     with _interruptible() as interrupted:
         builder = trt.Builder(logger)
         if options.allocator is not None:
@@ -156,6 +161,7 @@ def build_plan(
         inputs=values,
         outputs=tuple(_value(tensor, declared.get(tensor.name)) for tensor in results),
         profiles=profiles,
+        weights_bytes=next((int(m[1]) for line in reversed(told) if (m := WEIGHTS.search(line))), None),
         seconds=time.perf_counter() - start,
     )
 

@@ -72,14 +72,13 @@ def make_engine(
 
     built = build()
     seconds = built.seconds
-    section = weights_section(built.plan)
-    missing = _missing(section)
+    missing = _missing(built)
     aligned = missing == 0
-    if section is not None and missing:
+    if missing:
         again = _filled(model, missing, build)
         if again is None:
             notes.append(
-                f"the weights of the engine ({section[1]} bytes) lack {missing} bytes to a multiple of {ALIGNMENT}, and no "
+                f"the weights of the engine lack {missing} bytes to a multiple of {ALIGNMENT}, and no "
                 "output could carry them: they are shared only with those of fine-tunes that lack as many"
             )
         else:
@@ -87,8 +86,8 @@ def make_engine(
             seconds += built.seconds
             aligned = True
             notes.append(
-                f"{missing} bytes were put behind the output {output!r}, and are sliced off again: so trunks of fine-tunes "
-                "lie alike in their engines"
+                f"{missing} bytes were put behind the output {output!r}, and are sliced off again (a copy of it in each "
+                "run): so trunks of fine-tunes lie alike in their engines"
             )
     made = split(built.plan, weights, store)
     engine = Engine(
@@ -131,15 +130,17 @@ def _filled(model: ModelProto, missing: int, build: Callable[[], BuiltPlan]) -> 
     if output is None:
         return None
     built = build()
-    return (built, output) if _missing(weights_section(built.plan)) == 0 else None
+    return (built, output) if _missing(built) == 0 else None
 
 
-def _missing(section: tuple[int, int] | None) -> int | None:
-    """Bytes that the section of weights lacks to a multiple of ALIGNMENT; None where it is not known.
+def _missing(built: BuiltPlan) -> int | None:
+    """Bytes that the weights lack to a multiple of ALIGNMENT; None where neither the plan nor the log tells.
 
     The last tensor (of the first layer) is not rounded up to STEP: what it has beyond that is equal in all fine-tunes.
     """
-    return None if section is None or not section[1] else -(section[1] // STEP * STEP) % ALIGNMENT
+    section = weights_section(built.plan)
+    size = section[1] if section is not None else built.weights_bytes
+    return -(size // STEP * STEP) % ALIGNMENT if size else None
 
 
 def _forget_empty_symbols(model: ModelProto) -> None:
