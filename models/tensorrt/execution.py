@@ -146,10 +146,11 @@ class Execution:
             size = needed(self.contexts.engine, context, profile, streaming=False)
             scratch = run.take(size, "scratch") if size else 0
             context.set_device_memory(scratch, size)
-            kept = True
-            return Captured(
+            made = Captured(
                 self._runtime, self._pool, context, inputs, outputs, scratch, held + run.taken(), stream
             )
+            kept = True
+            return made
         finally:
             if kept:
                 run.blocks.clear()
@@ -166,6 +167,7 @@ class Execution:
         try:
             for name, address in captured.inputs.items():
                 run.copy_in(feeds[name], address, kept)
+            run.queued()
             captured.queue()
             made = {}
             for name in dict.fromkeys(names):
@@ -250,7 +252,7 @@ class _Run:
         with self._execution._scratch.lease(self._pool, size, self._stream) as scratch:
             context.set_device_memory(scratch, size)
             try:
-                self._queued = True
+                self.queued()
                 if not context.execute_async_v3(self._stream):
                     raise self._failure("the engine could not be run")
             finally:
@@ -314,9 +316,13 @@ class _Run:
         if self.blocks.pop(address, None):
             self._pool.deallocate(address)
 
+    def queued(self) -> None:
+        """Note that there is work on the stream: `end` waits for it."""
+        self._queued = True
+
     def copy_in(self, fed: Any, address: int, kept: list[Array]) -> None:
         """Queue a copy of an input to the device; `kept` keeps what has to stay until the stream has passed."""
-        self._queued = True
+        self.queued()
         if isinstance(fed, Borrowed):
             if size := int(np.prod(fed.shape, dtype=np.int64)) * fed.dtype.itemsize:
                 self._device.queue_within(address, fed.address, size, self._stream)
