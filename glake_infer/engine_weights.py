@@ -23,13 +23,11 @@ import contextlib
 import ctypes
 import itertools
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -42,7 +40,7 @@ from glake_infer.checking import File
 from glake_infer.digest import digest_of, digest_of_piece
 from glake_infer.holding import Holding, HostCopy
 from glake_infer.residency import Region, Residency
-from glake_infer.transfers.device import Part
+from glake_infer.transfers.device import Part, Step, device_for
 
 if TYPE_CHECKING:
     from glake_infer.allocators import _native
@@ -210,6 +208,20 @@ class EngineWeights:
         with allocator.blocks_from(loading):
             yield loading
         loading._settle()
+
+    def chunk_of(self, key: str) -> int:
+        """A chunk that holds what `key` names (`key_of`); 0 if there is none. Under the table's lock."""
+        chunk = self._known.get(key, 0)
+        return chunk if chunk in self._table._owners else 0
+
+    def remember(self, key: str, chunk: int) -> None:
+        """What a chunk holds. Under the table's lock."""
+        if not self.chunk_of(key):
+            self._known[key] = chunk
+
+    def forget_gone(self) -> None:
+        """Forget what no chunk holds any more. Under the table's lock."""
+        self._known = {key: chunk for key, chunk in self._known.items() if self.chunk_of(key)}
 
     def _block_at(self, address: int) -> Block | None:
         with self._lock:
@@ -426,11 +438,7 @@ class Loading:
         """Map chunks that are there in the place of equal ones; returns the bytes of weights in them."""
         weights, table, native = self._weights, self._weights._table, self._native
         with table._locked():
-            there = {
-                index: chunk
-                for index, key in enumerate(keys)
-                if (chunk := weights._known.get(key)) and chunk in table._owners
-            }
+            there = {index: chunk for index, key in enumerate(keys) if (chunk := weights.chunk_of(key))}
             if not there:
                 return 0
             chunks = tuple(dict.fromkeys(there.values()))
@@ -474,7 +482,7 @@ class Loading:
             self._reserved += sum(s for c, s in zip(region.chunks, region.sizes, strict=True) if c in own)
             self._sharable += self._elsewhere(block)
             for chunk, key, sure, span in zip(region.chunks, keys, known, block.spans(), strict=True):
-                weights._known.setdefault(key, chunk)
+                weights.remember(key, chunk)
                 digest = table.enter_chunk(key, region, chunk, *span[:2])
                 if digest not in addresses:
                     table.refer(digest, self._user)
@@ -498,7 +506,7 @@ class Loading:
             block.holding = holding
         holding.set_policy(evictable=self._evictable, priority=self._priority)
         self.holding = holding
-        weights._known = {key: chunk for key, chunk in weights._known.items() if chunk in table._owners}
+        weights.forget_gone()
 
     def _elsewhere(self, block: Block) -> int:
         """Bytes of a block's objects that other blocks have too."""
@@ -557,24 +565,34 @@ class PlanBytes:
             return likely
         wanted = bytes(sample)
         step = max(READ_BACK, 4 * len(wanted))
-        for start in range(0, self.bytes - size + 1, step):
-            data = self.read(start, min(step + len(wanted) - 1, self.bytes - start))
-            at = data.find(wanted)
-            if at >= 0 and start + at + size <= self.bytes:
-                return start + at
+        for first, last in self._runs():
+            for start in range(first, last - len(wanted) + 1, step):
+                data = self.read(start, min(step + len(wanted) - 1, last - start))
+                at = data.find(wanted)
+                if at >= 0 and start + at + size <= self.bytes:
+                    return start + at
         return None
 
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Ranges of the plan that are known without a gap."""
+        begin = end = 0
+        for stretch in self.stretches:
+            if stretch.offset != end:
+                yield begin, end
+                begin = stretch.offset
+            end = stretch.offset + stretch.bytes
+        yield begin, end
+
     def read(self, offset: int, size: int) -> bytes:
-        """Fewer bytes where the plan, or one of its files, ends before."""
-        pieces = []
-        files: dict[Path, int] = {}
-        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
-            for part in self.parts(offset, size, 0):
-                if part.path not in files:
-                    files[part.path] = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
-                    opened.callback(os.close, files[part.path])
-                pieces.append(os.pread(files[part.path], part.size, part.offset))
-        return b"".join(pieces)
+        """Nothing where the plan is not known to have all of them, or a file is shorter than it was."""
+        data = bytearray(size)
+        parts = self.parts(offset, size, ctypes.addressof((ctypes.c_char * size).from_buffer(data)))
+        known = sum(part.size for part in parts)
+        try:
+            device_for("cpu").bring([Step(parts, in_place=True)], known)
+        except OSError:
+            return b""
+        return bytes(data) if known == size else b""
 
 
 def key_of(chunk_bytes: int, within: int, data: memoryview) -> str:

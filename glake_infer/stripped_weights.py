@@ -48,22 +48,28 @@ class WeightsManager(Protocol):
 class StrippedWeights:
     """The weights of one stripped engine. Its methods are not for several threads at once, nor while the engine works.
 
-    `manager`: of the engine, whose weights are unloaded or not yet there. `source`: where what the manager calls the weight
-    data lies, from its first byte on; what is missing at the end is padding. `user`: a number that names the
-    model. The weights are absent until `restore`. The pool does not take their memory by itself: the engine maps it.
+    `manager`: what the engine's `create_weights_manager` gives, whose weights are unloaded or not yet there. `source`:
+    where what the manager calls the weight data lies, from its first byte on; what is missing at the end is padding.
+    `user`: a number that names the model. The weights are absent until `restore`. The pool does not take their memory by
+    itself: the engine maps it.
 
-    Raises InputError (more bytes than the engine has), OutOfMemoryError or DriverError; then nothing is held.
+    Raises InputError (no manager, or more bytes than the engine has), OutOfMemoryError or DriverError; then nothing is held.
     """
 
     def __init__(
         self,
         pool: Pool,
-        manager: WeightsManager,
+        manager: WeightsManager | None,
         source: Sequence[Stretch],
         *,
         user: int = 0,
         priority: int = 0,
     ) -> None:
+        if manager is None:
+            raise InputError(
+                "the engine has no weights manager: this needs one that was built without its weights (STRIP_PLAN), and "
+                "TensorRT-RTX 1.7 or newer. Load it with its weights."
+            )
         self._manager = manager
         self._weights = weights = EngineWeights.of(pool)
         table, native = weights._table, weights._native
@@ -78,13 +84,13 @@ class StrippedWeights:
         starts = list(itertools.accumulate(sizes[:-1], initial=0))
 
         def look(start: int, size: int) -> str:
-            return key_of(size, 0, memoryview(data.read(start, size)))
+            return key_of(size, 0, memoryview(data.read(start, max(0, min(size, given - start)))))
 
         with ThreadPoolExecutor(THREADS, "glake-infer stripped weights") as threads:
             keys = list(threads.map(look, starts, sizes))
         with weights._settling, table._locked():
-            there = [chunk if chunk in table._owners else 0 for chunk in map(weights._known.get, keys)]
-            pieces = [(each, each, chunk or 0, False) for each, chunk in zip(sizes, there, strict=True)]
+            there = [weights.chunk_of(key) for key in keys]
+            pieces = [(each, each, chunk, False) for each, chunk in zip(sizes, there, strict=True)]
             number, address, chunks = native.place_weights(pieces, "memory")
             region = Region(
                 number, address, tuple(chunks), tuple(sizes), None, tuple(address + s for s in starts)
@@ -97,7 +103,7 @@ class StrippedWeights:
                 if digest not in addresses:
                     table.refer(digest, user)
                 addresses[digest] = address + start
-                weights._known.setdefault(key, chunk)
+                weights.remember(key, chunk)
             region.files.update({stretch.file.path.name: stretch.file for stretch in source})
             self.holding = BlockHolding(
                 table, native, user_number, user, addresses, tuple(dict.fromkeys(chunks)), "store", priority

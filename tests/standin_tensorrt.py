@@ -309,9 +309,6 @@ def make(kind="tensorrt-rtx"):
                 self._runtime.logger.log(self._runtime.logger.Severity.ERROR, str(error))
                 return None
 
-        def create_weights_manager(self):
-            return None
-
         def get_tensor_name(self, index):
             return self._about["tensors"][index]["name"]
 
@@ -340,20 +337,6 @@ def make(kind="tensorrt-rtx"):
                 raise TypeError("incompatible function arguments")
             spans = self._about["profiles"][name].get(f"values of {profile_index}")
             return [list(each) for each in spans] if spans else []
-
-    class IWeightsManager:
-        """Of a stripped engine; the others have none."""
-
-        def __init__(self, size):
-            self._size = size
-            self._mapped = []
-
-        def get_size(self):
-            return self._size
-
-        def restore_from_vmm_allocation(self, allocation_handle, offset, size, stream_handle):
-            self._mapped.append((allocation_handle, offset, size, stream_handle))
-            return allocation_handle > 0
 
     class IRuntimeConfig:
         def __init__(self):
@@ -545,7 +528,6 @@ def make(kind="tensorrt-rtx"):
         setattr(module, found.__name__, found)
     if kind == "tensorrt-rtx":
         module.IRuntimeConfig, module.IRuntimeCache = IRuntimeConfig, IRuntimeCache
-        module.IWeightsManager = IWeightsManager
     return module
 
 

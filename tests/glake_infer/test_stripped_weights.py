@@ -141,6 +141,8 @@ def test_weights_of_another_engine_are_refused(pool, plan):
     manager.size = manager.granularity
     with pytest.raises(gi.InputError, match="of another engine"):
         StrippedWeights(pool, manager, source_of(plan))
+    with pytest.raises(gi.InputError, match="STRIP_PLAN"):
+        StrippedWeights(pool, None, source_of(plan))
     assert pool.stats().ranges == 0
 
 

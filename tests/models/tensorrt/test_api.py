@@ -19,7 +19,7 @@ real = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed
 standin = standin_tensorrt.make()
 
 CLASSES = [
-    "ICudaEngine", "IExecutionContext", "IRuntimeCache", "IRuntimeConfig", "IWeightsManager", "Runtime",
+    "ICudaEngine", "IExecutionContext", "IRuntimeCache", "IRuntimeConfig", "Runtime",
 ]  # fmt: skip
 ENUMS = [
     "CudaGraphStrategy", "DataType", "EngineInvalidityDiagnostics", "EngineValidity", "ExecutionContextAllocationStrategy",

@@ -9,7 +9,6 @@ from engine_packages import check, linear, rows, run_at_once
 
 import glake_infer as gi
 from glake_infer.models.tensorrt.plan import Plan
-from glake_infer.models.tensorrt.weights_manager import Chunk, map_chunks
 
 MiB = 1 << 20
 BLOCK = 2 * MiB  # weights of a `linear` engine
@@ -126,20 +125,3 @@ def test_streamed_weights_stay_on_the_host(tmp_path, store, load, weights, pool,
 def test_offload_of_an_engine_that_cannot_stream_is_told(tmp_path, store, load, weights):
     model = load(linear(tmp_path, store, weights), offload="auto")
     assert any("--streaming" in note for note in model.notes)
-
-
-def test_chunks_of_ours_become_the_weights_of_a_stripped_engine(model, trt, monkeypatch):
-    with pytest.raises(gi.InputError, match="STRIP_PLAN"):
-        map_chunks(model._runtime, model.engine, [], 4096, 1)
-    manager = trt.IWeightsManager(12288)
-    monkeypatch.setattr(trt.ICudaEngine, "create_weights_manager", lambda self: manager)
-    chunks = [Chunk(7, 0, 4096), Chunk(9, 4096, 8192)]
-    assert map_chunks(model._runtime, model.engine, chunks, 4096, 3) is manager
-    assert manager._mapped == [(7, 0, 4096, 3), (9, 4096, 8192, 3)]
-    del manager._mapped[:]
-    for wrong in ([Chunk(7, 0, 4096)], [Chunk(7, 0, 8192), Chunk(9, 4096, 8192)], [Chunk(7, 0, 12288 - 1)]):
-        with pytest.raises(gi.InputError, match="bytes"):
-            map_chunks(model._runtime, model.engine, wrong, 4096, 3)
-    assert not manager._mapped
-    with pytest.raises(gi.ModelError, match="did not map"):
-        map_chunks(model._runtime, model.engine, [Chunk(0, 0, 12288)], 4096, 3)
