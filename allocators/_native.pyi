@@ -107,7 +107,7 @@ class TransferEngine:
         self,
         target: int,
         files: Sequence[str],
-        parts: Sequence[tuple[int, int, int, int]],
+        parts: Sequence[tuple[int, int, int, int, int, int]],
         priority: int = 0,
         paths: int = 1,
         around_cache: bool = False,

@@ -144,13 +144,18 @@ nb::dict memory(const Engine& self) {
   return fields;
 }
 
-Transfer load(const std::shared_ptr<Engine>& self, int target, std::vector<std::string> files,
-              const std::vector<std::tuple<std::uint32_t, std::uint64_t, std::size_t, Address>>& parts, int priority,
-              unsigned used, bool around_cache, bool in_place) {
+Transfer load(
+    const std::shared_ptr<Engine>& self, int target, std::vector<std::string> files,
+    const std::vector<std::tuple<std::uint32_t, std::uint64_t, std::size_t, Address, std::size_t, std::size_t>>& parts,
+    int priority, unsigned used, bool around_cache, bool in_place) {
+  const nb::gil_scoped_release unlocked;
   std::vector<glake::FilePart> made;
   made.reserve(parts.size());
-  for (const auto& [file, offset, bytes, address] : parts) made.push_back({file, offset, bytes, address});
-  const nb::gil_scoped_release unlocked;
+  for (const auto& [file, offset, bytes, address, rows, pitch] : parts) {
+    for (std::size_t row = 0; row < rows; ++row) {
+      made.push_back({file, offset + row * bytes, bytes, address + row * pitch});
+    }
+  }
   return {self,
           self->engine.load(target, std::move(files), std::move(made), {priority, used, around_cache, in_place, 0})};
 }
@@ -253,7 +258,10 @@ void bind_transfers(nb::module_& module) {
           "target"_a, Unlocked())
       .def("paths", &paths, "target"_a, nb::sig("def paths(self, target: int) -> list[dict[str, Any]]"))
       .def("load", &load, "target"_a, "files"_a, "parts"_a, "priority"_a = 0, "paths"_a = 1, "around_cache"_a = false,
-           "in_place"_a = false, "Parts: (number of the file, offset, bytes, address) each.")
+           "in_place"_a = false,
+           "Parts: (number of the file, offset, bytes of a row, address, rows, bytes from one row's address to the "
+           "next's) "
+           "each.")
       .def("copy", &copy, "target"_a, "to_device"_a, "spans"_a, "priority"_a = 0, "paths"_a = 1, "piece"_a = 0,
            "Spans: (address of host memory, address of the device's, bytes) each.")
       .def("take_buffer", &Engine::take, "size"_a, Unlocked(),

@@ -11,20 +11,32 @@
 namespace glake {
 
 void PieceReader::forget() noexcept {
-  if (descriptor_ >= 0) ::close(descriptor_);
-  descriptor_ = -1;
+  for (File& each : open_) {
+    if (each.descriptor >= 0) ::close(each.descriptor);
+    each.descriptor = -1;
+  }
 }
 
 int PieceReader::open(std::uint64_t owner, std::span<const std::string> files, std::uint32_t file) {
-  if (descriptor_ >= 0 && owner_ == owner && file_ == file) return descriptor_;
-  forget();
+  for (std::size_t i = 0; i < most_open; ++i) {
+    const std::size_t place = (last_ + i) % most_open;
+    const File& each = open_[place];
+    if (each.descriptor >= 0 && each.owner == owner && each.file == file) {
+      last_ = place;
+      return each.descriptor;
+    }
+  }
+  File& made = open_[next_];
+  if (made.descriptor >= 0) ::close(made.descriptor);
   do {
-    descriptor_ = ::open(files[file].c_str(), O_RDONLY | O_CLOEXEC);
-  } while (descriptor_ < 0 && errno == EINTR);
-  if (descriptor_ < 0) throw ReadError{errno, file, 0};
-  owner_ = owner;
-  file_ = file;
-  return descriptor_;
+    made.descriptor = ::open(files[file].c_str(), O_RDONLY | O_CLOEXEC);
+  } while (made.descriptor < 0 && errno == EINTR);
+  if (made.descriptor < 0) throw ReadError{errno, file, 0};
+  made.owner = owner;
+  made.file = file;
+  last_ = next_;
+  next_ = (next_ + 1) % most_open;
+  return made.descriptor;
 }
 
 void PieceReader::fill(int descriptor, const FilePart& part, std::byte* target, std::size_t done) {

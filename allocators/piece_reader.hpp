@@ -4,6 +4,7 @@
 // last stays open for the next part until forget(), as parts of one file follow each other.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -56,9 +57,16 @@ class PieceReader {
   int open(std::uint64_t owner, std::span<const std::string> files, std::uint32_t file);
   void fill(int descriptor, const FilePart& part, std::byte* target, std::size_t done);
 
-  std::uint64_t owner_ = 0;
-  std::uint32_t file_ = 0;
-  int descriptor_ = -1;
+  // The files that were read last: parts of several may take turns (rows of matrices that lie side by side).
+  struct File {
+    std::uint64_t owner = 0;
+    std::uint32_t file = 0;
+    int descriptor = -1;
+  };
+  static constexpr std::size_t most_open = 8;
+  std::array<File, most_open> open_;
+  std::size_t last_ = 0;  // the one that was used last
+  std::size_t next_ = 0;  // the one that goes next
 };
 
 }  // namespace glake

@@ -70,12 +70,23 @@ _log = logging.getLogger("glake_infer.tensorrt")
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive bytes of a plan, which lie in the object `file` from `start` on."""
+    """Consecutive bytes of a plan, which lie in the object `file` from `start` on.
+
+    Or `rows` times so many, which lie one behind the other in the object and `pitch` bytes apart in the plan: matrices that
+    TensorRT has put side by side.
+    """
 
     offset: int
     bytes: int
     file: File
     start: int = 0
+    rows: int = 1
+    pitch: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the last row ends in the plan."""
+        return self.offset + (self.rows - 1) * self.pitch + self.bytes
 
 
 @dataclass(frozen=True)
@@ -519,9 +530,10 @@ class Loading:
             }
         begin = block.begin or 0
         return sum(
-            min(stretch.offset + stretch.bytes, begin + block.size) - max(stretch.offset, begin)
+            part.bytes
             for stretch in self._plan.within(begin, block.size)
             if stretch.file.digest in others and stretch.file.digest in block.objects
+            for part in _parts_of(stretch, begin, begin + block.size, 0)
         )
 
 
@@ -531,22 +543,30 @@ class PlanBytes:
     def __init__(self, size: int, stretches: Sequence[Stretch]) -> None:
         self.bytes = size
         self.stretches = sorted(stretches, key=lambda stretch: stretch.offset)
-        self._offsets = [stretch.offset for stretch in self.stretches]
+        self._places: list[
+            tuple[int, int, list[Stretch]]
+        ] = []  # (begin, end, what lies there, or side by side)
+        for stretch in self.stretches:
+            if self._places and stretch.offset < self._places[-1][1]:
+                begin, end, there = self._places[-1]
+                self._places[-1] = (begin, max(end, stretch.end), [*there, stretch])
+            else:
+                self._places.append((stretch.offset, stretch.end, [stretch]))
+        self._begins = [begin for begin, _, _ in self._places]
 
     def within(self, offset: int, size: int) -> list[Stretch]:
         """The stretches that have some of `size` bytes from `offset` on."""
-        return [s for s in self.stretches if s.offset < offset + size and s.offset + s.bytes > offset]
+        return [s for s in self.stretches if s.offset < offset + size and s.end > offset]
 
     def parts(self, offset: int, size: int, address: int) -> list[Part]:
         """What fills `size` bytes at `address` with those from `offset` on."""
-        found = []
-        for index in range(max(0, bisect.bisect_right(self._offsets, offset) - 1), len(self.stretches)):
-            stretch = self.stretches[index]
-            if stretch.offset >= offset + size:
+        found: list[Part] = []
+        for index in range(max(0, bisect.bisect_right(self._begins, offset) - 1), len(self._places)):
+            begin, _, stretches = self._places[index]
+            if begin >= offset + size:
                 break
-            begin, end = max(offset, stretch.offset), min(offset + size, stretch.offset + stretch.bytes)
-            start = stretch.start + begin - stretch.offset
-            found.append(Part(stretch.file.path, start, end - begin, address + begin - offset))
+            for stretch in stretches:
+                found += _parts_of(stretch, offset, offset + size, address - offset)
         return found
 
     def holds(self, offset: int, data: memoryview) -> bool:
@@ -576,23 +596,43 @@ class PlanBytes:
     def _runs(self) -> Iterator[tuple[int, int]]:
         """Ranges of the plan that are known without a gap."""
         begin = end = 0
-        for stretch in self.stretches:
-            if stretch.offset != end:
+        for start, stop, _ in self._places:
+            if start != end:
                 yield begin, end
-                begin = stretch.offset
-            end = stretch.offset + stretch.bytes
+                begin = start
+            end = stop
         yield begin, end
 
     def read(self, offset: int, size: int) -> bytes:
         """Nothing where the plan is not known to have all of them, or a file is shorter than it was."""
         data = bytearray(size)
         parts = self.parts(offset, size, ctypes.addressof((ctypes.c_char * size).from_buffer(data)))
-        known = sum(part.size for part in parts)
+        known = sum(part.bytes for part in parts)
         try:
             device_for("cpu").bring([Step(parts, in_place=True)], known)
         except OSError:
             return b""
         return bytes(data) if known == size else b""
+
+
+def _parts_of(stretch: Stretch, begin: int, end: int, shift: int) -> Iterator[Part]:
+    """The bytes of a stretch that lie from `begin` to `end` in the plan; `shift` leads from there to addresses."""
+    if stretch.rows == 1:
+        first, last = max(begin, stretch.offset), min(end, stretch.end)
+        if first < last:
+            start = stretch.start + first - stretch.offset
+            yield Part(stretch.file.path, start, last - first, first + shift)
+        return
+    size, pitch = stretch.bytes, stretch.pitch
+    row = max(0, (begin - stretch.offset - size) // pitch + 1)
+    stop = min(stretch.rows, -(-(end - stretch.offset) // pitch))
+    while row < stop:
+        place = stretch.offset + row * pitch
+        first, last = max(begin, place), min(end, place + size)
+        start = stretch.start + row * size + first - place
+        whole = (min(stop, (end - stretch.offset - size) // pitch + 1) - row) if last - first == size else 0
+        yield Part(stretch.file.path, start, last - first, first + shift, max(whole, 1), pitch)
+        row += max(whole, 1)
 
 
 def key_of(chunk_bytes: int, within: int, data: memoryview) -> str:

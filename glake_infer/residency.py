@@ -130,7 +130,7 @@ class _Fill:
 
     @property
     def bytes(self) -> int:
-        return sum(part.size for part in self.parts) + sum(size for _, _, size in self.copies)
+        return sum(part.bytes for part in self.parts) + sum(size for _, _, size in self.copies)
 
 
 Filling: TypeAlias = Generator[None, None, int]
@@ -878,7 +878,7 @@ class Residency:
                 with self._locked():
                     for chunk, kept in borrowed:
                         self._let_go(chunk, kept, reader)
-        seconds, size = time.perf_counter() - start, sum(part.size for part in parts)
+        seconds, size = time.perf_counter() - start, sum(part.bytes for part in parts)
         with self._locked():
             self._loads = (self._loads[0] + len(chunks), self._loads[1] + size, self._loads[2] + seconds)
         done = size + sum(size for fill in fills for _, _, size in fill.copies)
@@ -984,7 +984,7 @@ class Residency:
                         for region in regions:
                             shift = address - region.starts[region.chunks.index(chunk)]
                             moved += [replace(p, address=p.address + shift) for p in region.parts[chunk]]
-                        size = sum(part.size for part in moved)
+                        size = sum(part.bytes for part in moved)
                         for _ in self._bring_steps(files, lambda moved=moved: [Step(moved)], size, holding):  # type: ignore[misc]
                             pass
                     except OSError as error:

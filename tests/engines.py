@@ -29,6 +29,25 @@ class Plan:
                 self._add(folder, bytes(gap))
         self._add(folder, b"\0\1\2\3"[:TRAILER])
 
+    def weave(self, folder, weights, row):
+        """Put matrices of equal shape, with rows of `row` bytes, side by side in front of the trailer."""
+        rows = len(weights[0]) // row
+        matrices = [np.frombuffer(weight, np.uint8).reshape(rows, row) for weight in weights]
+        trailer = self.stretches.pop()
+        self.bytes = self.bytes[: -trailer.bytes]
+        for number, weight in enumerate(weights):
+            digest = digest_of(weight)
+            (folder / digest).write_bytes(weight)
+            file = File(folder / digest, digest, len(weight))
+            self.stretches.append(
+                Stretch(len(self.bytes) + number * row, row, file, 0, rows, row * len(weights))
+            )
+        woven = np.hstack(matrices).tobytes()
+        self.bytes += woven
+        self.block += woven
+        self._add(folder, b"\0\1\2\3"[:TRAILER])
+        return self
+
     def _add(self, folder, data):
         digest = digest_of(data)
         path = folder / digest

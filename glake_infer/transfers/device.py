@@ -41,12 +41,22 @@ _log = logging.getLogger("glake_infer")
 
 @dataclass(frozen=True)
 class Part:
-    """`size` bytes of a file from `offset`, to be at `address` of the device."""
+    """`size` bytes of a file from `offset`, to be at `address` of the device.
+
+    Or `rows` times so many, which lie one behind the other in the file and `pitch` bytes apart on the device.
+    """
 
     path: Path
     offset: int
     size: int
     address: int
+    rows: int = 1
+    pitch: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows."""
+        return self.size * self.rows
 
 
 Copied = tuple[int, int, int]
@@ -67,7 +77,7 @@ class Step:
     @property
     def bytes(self) -> int:
         """Of all of it."""
-        return sum(part.size for part in self.parts) + sum(size for _, _, size in self.copies)
+        return sum(part.bytes for part in self.parts) + sum(size for _, _, size in self.copies)
 
 
 class CancelledError(Exception):
@@ -208,7 +218,8 @@ class EngineTransfers:
                 if left:
                     files: dict[Path, int] = {}
                     parts = [
-                        (files.setdefault(p.path, len(files)), p.offset, p.size, p.address) for p in left
+                        (files.setdefault(p.path, len(files)), p.offset, p.size, p.address, p.rows, p.pitch)
+                        for p in left
                     ]
                     names = [os.fspath(path) for path in files]
                     started.append(
@@ -382,7 +393,11 @@ class CudaTransfers(EngineTransfers):
             return []
         if settings.direct_storage == "auto" and not storage.is_direct():
             return []
-        return [p for p in parts if p.size >= storage.LEAST and not storage.is_cached(p.path, p.offset)]
+        return [
+            p
+            for p in parts
+            if p.rows == 1 and p.size >= storage.LEAST and not storage.is_cached(p.path, p.offset)
+        ]
 
 
 def _prepare(engine: _native.TransferEngine) -> None:

@@ -275,7 +275,7 @@ class Plan:
     def stretches(self) -> list[Stretch]:
         """The plan as consecutive bytes of files, in order; what is compressed in the store is left out.
 
-        Woven bytes are one stretch for each row of each strand.
+        Woven bytes are one stretch of rows for each strand.
         """
         from glake_infer.checking import File
         from glake_infer.engine_weights import Stretch
@@ -290,11 +290,10 @@ class Plan:
                     made.append(Stretch(part.offset, part.bytes, files[part.digest], part.start))
                 continue
             position = part.offset
-            for row in range(part.rows):
-                for strand in part.strands:
-                    start = strand.start + row * strand.bytes
-                    made.append(Stretch(position, strand.bytes, files[strand.digest], start))
-                    position += strand.bytes
+            for strand in part.strands:
+                file = files[strand.digest]
+                made.append(Stretch(position, strand.bytes, file, strand.start, part.rows, part.width))
+                position += strand.bytes
         return made
 
     def _copy_woven(self, part: Woven, skip: int, target: memoryview, open_files: dict[str, int]) -> None:

@@ -184,6 +184,22 @@ def test_after_all_have_gone_the_next_ones_share_again(pool, allocator, folder):
             engine.destroy()
 
 
+@pytest.mark.parametrize("row", [384, 3072, 200 * KiB])
+def test_matrices_side_by_side_come_back_row_by_row(pool, allocator, folder, row):
+    """Query, key and value: TensorRT puts their rows one behind the other."""
+    plan = Plan(folder, TRUNK[:3]).weave(folder, random_weights(11, *[row * 40] * 3), row)
+    plan.weave(folder, random_weights(12, *[row * 12] * 2), row)
+    engine = load(allocator, pool, plan)
+    assert engine.report.source_known
+    engine.holding.suspend()
+    with engine.holding:
+        assert engine.read() == plan.block
+    other = load(allocator, pool, plan)
+    assert other.report.own_bytes == 0
+    engine.destroy()
+    other.destroy()
+
+
 def test_without_a_source_a_block_stays(pool, allocator, folder):
     engine = load(allocator, pool, family(folder, 512), known=False)
     before = reserved(pool)

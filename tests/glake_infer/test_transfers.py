@@ -106,7 +106,10 @@ def make(*links, readers=4, slot=SMALL, in_flight=64 * SMALL, gap=GAP):
 
 def load(engine, parts, target=0, **options):
     numbers = {}
-    named = [(numbers.setdefault(p.path, len(numbers)), p.offset, p.size, p.address) for p in parts]
+    named = [
+        (numbers.setdefault(p.path, len(numbers)), p.offset, p.size, p.address, p.rows, p.pitch)
+        for p in parts
+    ]
     return engine.load(target, [os.fspath(path) for path in numbers], named, **options)
 
 
@@ -216,7 +219,7 @@ class TestLoads:
         engine = make()
         assert ended(engine.load(0, [], []))["bytes"] == 0
         assert ended(engine.copy(0, True, []))["bytes"] == 0
-        assert ended(engine.load(0, ["/nowhere"], [(0, 0, 0, 0)]))["read_error"] is None
+        assert ended(engine.load(0, ["/nowhere"], [(0, 0, 0, 0, 1, 0)]))["read_error"] is None
         Device(engine).load([])
         Device(engine).restore([])
         assert engine.memory()["allocated"] == 0
@@ -224,9 +227,9 @@ class TestLoads:
     def test_what_cannot_be_is_refused(self):
         engine = make()
         with pytest.raises(ValueError, match="not named"):
-            engine.load(0, ["a"], [(1, 0, 1, 0)])
+            engine.load(0, ["a"], [(1, 0, 1, 0, 1, 0)])
         with pytest.raises(ValueError, match="no path to device 7"):
-            engine.load(7, ["a"], [(0, 0, 1, 0)])
+            engine.load(7, ["a"], [(0, 0, 1, 0, 1, 0)])
         with pytest.raises(ValueError, match="one path at least"):
             copy(engine, 1, paths=0)
         for readers, slot, in_flight in [(0, SMALL, SMALL), (1, 5000, SMALL), (1, 0, SMALL), (1, SMALL, 1)]:
@@ -870,7 +873,7 @@ class TestFork:
         engine = _native.TransferEngine.on_host(4, 4096, 1 << 20, 0)
         engine.add_host_path(0, "memory", rate=1e6)
         record_engine(engine)
-        def load(host): return engine.load(0, [str(path)], [(0, 0, 200_000, address)])
+        def load(host): return engine.load(0, [str(path)], [(0, 0, 200_000, address, 1, 0)])
         transfer = load(engine)
         kept, _ = engine.take_buffer(5000)
         host = HostTransfers.of_host()
@@ -924,12 +927,12 @@ class TestWithoutThreads:
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), before[1]))  # less than a thread's stack
         for _ in range(2):
             try:
-                engine.load(0, [str(path)], [(0, 0, 300_000, ctypes.addressof(memory))])
+                engine.load(0, [str(path)], [(0, 0, 300_000, ctypes.addressof(memory), 1, 0)])
                 print("nothing raised")
             except DriverError as error:
                 assert "thread" in str(error), error
         resource.setrlimit(resource.RLIMIT_AS, before)
-        assert engine.load(0, [str(path)], [(0, 0, 300_000, ctypes.addressof(memory))]).wait(20)
+        assert engine.load(0, [str(path)], [(0, 0, 300_000, ctypes.addressof(memory), 1, 0)]).wait(20)
         assert memory.raw == b"a" * 300_000
         print("fine")
     """
