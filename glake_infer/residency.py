@@ -148,11 +148,13 @@ def _finish(filling: Filling) -> int:
 def _grouped(fills: list[_Fill]) -> Iterator[list[_Fill]]:
     """In groups of about AT_ONCE bytes of chunks, each on the device or on the host."""
     group: list[_Fill] = []
+    total = 0
     for fill in fills:
-        if group and (fill.on_host != group[0].on_host or sum(each.size for each in group) >= AT_ONCE):
+        if group and (fill.on_host != group[0].on_host or total >= AT_ONCE):
             yield group
-            group = []
+            group, total = [], 0
         group.append(fill)
+        total += fill.size
     if group:
         yield group
 
