@@ -256,13 +256,13 @@ class Worker:
     def hold(self, path: str) -> Holding:
         """The weights of a package, as a load holds them, without a session."""
         from glake_infer.models import load as loading
-        from glake_infer.models.model import Model
         from glake_infer.models.package import Package
+        from glake_infer.models.session_model import SessionModel
         from glake_infer.store import Store
 
         package = Package(Path(path), Store())
         sharing: Any = self.sharing
-        model = Model(package, self.pool, sharing, "store", maps=loading.maps_weights(self.pool))
+        model = SessionModel(package, self.pool, sharing, "store", maps=loading.maps_weights(self.pool))
         variant = loading._variant(package, self.pool, sharing)
         prepared = loading._prepared(model, variant, "all", self.ort.SessionOptions)
         return model._residency.hold(loading._wanted(model, prepared), model._number)
