@@ -603,7 +603,7 @@ class PlanBytes:
             end = stop
         yield begin, end
 
-    def read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytearray:
         """Nothing where the plan is not known to have all of them, or a file is shorter than it was."""
         data = bytearray(size)
         parts = self.parts(offset, size, ctypes.addressof((ctypes.c_char * size).from_buffer(data)))
@@ -611,8 +611,8 @@ class PlanBytes:
         try:
             device_for("cpu").bring([Step(parts, in_place=True)], known)
         except OSError:
-            return b""
-        return bytes(data) if known == size else b""
+            return bytearray()
+        return data if known == size else bytearray()
 
 
 def _parts_of(stretch: Stretch, begin: int, end: int, shift: int) -> Iterator[Part]:
