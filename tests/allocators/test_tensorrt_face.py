@@ -20,10 +20,13 @@ from glake_infer.allocators import (
 )
 from glake_infer.allocators.errors import DriverError, InvalidPointerError
 
-tensorrt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-
 KiB, MiB = 1 << 10, 1 << 20
-RESIZABLE = 1 << int(tensorrt.AllocatorFlag.RESIZABLE)
+RESIZABLE = 1  # AllocatorFlag.RESIZABLE is bit 0
+
+
+@pytest.fixture(params=["tensorrt_rtx", pytest.param("tensorrt", marks=pytest.mark.tensorrt)])
+def tensorrt(request):
+    return pytest.importorskip(request.param, reason=f"{request.param} is not installed")
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def pool():
 
 
 @pytest.fixture
-def allocator(pool):
+def allocator(pool, tensorrt):
     return TensorRTAllocator(pool, tensorrt)
 
 
@@ -47,14 +50,15 @@ def holders(pool):
     return {(holder.label, holder.tag): holder.bytes for holder in pool.holders()}
 
 
-def test_it_is_both_and_says_how_it_allocates(allocator):
+def test_it_is_both_and_says_how_it_allocates(allocator, tensorrt):
+    assert 1 << int(tensorrt.AllocatorFlag.RESIZABLE) == RESIZABLE
     assert isinstance(allocator, TensorRTAllocator)
     assert isinstance(allocator, tensorrt.IGpuAsyncAllocator)
     info = allocator.interface_info
     assert (info.kind, allocator.device) == ("IGpuAllocator", "cpu")
 
 
-def test_a_builder_and_a_runtime_take_it(allocator):
+def test_a_builder_and_a_runtime_take_it(allocator, tensorrt):
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     builder = tensorrt.Builder(logger)
     builder.gpu_allocator = allocator  # write-only in Python
@@ -178,7 +182,7 @@ def test_it_outlives_the_pools_handle_and_gives_back_what_is_live(caller, alloca
     pool_module._handles["cpu"] = pool
 
 
-def test_a_runtime_that_outlives_every_reference_to_its_allocator(pool):
+def test_a_runtime_that_outlives_every_reference_to_its_allocator(pool, tensorrt):
     """TensorRT has a plain pointer to it: it lives on, and does not keep the pool's handle."""
     caller = Trampoline(TensorRTAllocator(pool, tensorrt))
     caller._keep = None
@@ -188,14 +192,15 @@ def test_a_runtime_that_outlives_every_reference_to_its_allocator(pool):
     assert caller.deallocate_async(block)
 
 
-def test_the_pools_handle_is_not_kept():
+def test_the_pools_handle_is_not_kept(tensorrt):
     script = (
-        "import gc, sys; from glake_infer.allocators import Pool, TensorRTAllocator\n"
-        "pool = Pool('cpu'); allocator = TensorRTAllocator(pool); del pool; gc.collect()\n"
+        "import gc, importlib, sys; from glake_infer.allocators import Pool, TensorRTAllocator\n"
+        "pool = Pool('cpu'); allocator = TensorRTAllocator(pool, importlib.import_module(sys.argv[1]))\n"
+        "del pool; gc.collect()\n"
         "assert Pool.current('cpu') is None\n"
         "pool = Pool('cpu'); assert allocator.allocate_async(100, 0, 0, 0)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, tensorrt.__name__], check=True, timeout=60)
 
 
 def test_without_any_tensorrt_the_error_says_what_to_install(pool, monkeypatch):
