@@ -736,6 +736,8 @@ class Residency:
     def _sweep(self) -> None:
         """Forget regions that nobody needs and that the pool has emptied."""
         for region in list(self._regions.values()):
+            if region.of_engine and not region.ended:  # it may have no entry that another has not
+                continue
             if not region.references and not self._native.resident_in(region.number):
                 self._remove(region)
 

@@ -1,0 +1,59 @@
+"""Weight blocks of engines where something goes wrong, or goes on at the same time: bytes stay right, nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+from engines import Engine, Plan, random_weights
+
+import glake_infer as gi
+from glake_infer import engine_weights
+from glake_infer.engine_weights import EngineWeights
+from glake_infer.holding import Holding
+from glake_infer.residency import Residency
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+KiB, MiB = 1 << 10, 1 << 20
+
+WEIGHTS = random_weights(1, *[256 * KiB + 128 * k for k in range(8)])
+
+
+@pytest.fixture
+def pool():
+    with gi.Pool("cpu", "256MiB") as pool:
+        yield pool
+        Residency.settle(pool)
+        pool.check_invariants()
+        pool.trim()
+        assert (pool.stats().active, pool.stats().reserved) == (0, 0)
+
+
+@pytest.fixture
+def allocator(pool):
+    return gi.TensorRTAllocator(pool)
+
+
+def load(allocator, pool, plan, **options):
+    with EngineWeights.of(pool).loading(
+        allocator, plan_bytes=len(plan.bytes), stretches=plan.stretches, **options
+    ) as loading:
+        engine = Engine(allocator, plan)
+    engine.holding, engine.report = loading.holding, loading.report
+    return engine
+
+
+def test_a_block_whose_chunks_are_all_others_too_outlives_a_sweep_while_it_sleeps(pool, allocator, tmp_path):
+    plan = Plan(tmp_path, WEIGHTS)
+    engines = [load(allocator, pool, plan) for _ in range(2)]
+    for engine in engines:
+        engine.holding.suspend()
+    load(allocator, pool, Plan(tmp_path, random_weights(2, MiB))).destroy()  # sweeps
+    for engine in reversed(engines):
+        with engine.holding:
+            assert engine.read() == plan.block
+    for engine in engines:
+        engine.destroy()
