@@ -145,12 +145,10 @@ class BlockHolding(Holding):
 
     def settle(self) -> None:
         """Let the memory go only once the device has done what is queued now."""
-        if self.closed or self.suspended:
-            return
-        if absent := self._native.begin_use(self._number):  # it was evicted
-            self._native.load_failed(self._number, absent)
-        else:
-            self._native.end_use(self._number)
+        if not self.closed:
+            self._native.touch(
+                self._number
+            )  # no use: that could need room, or wait for what this very thread loads
 
     def released(self) -> None:
         """The table has given the references back; it is locked."""

@@ -57,3 +57,24 @@ def test_a_block_whose_chunks_are_all_others_too_outlives_a_sweep_while_it_sleep
             assert engine.read() == plan.block
     for engine in engines:
         engine.destroy()
+
+
+def test_an_evicted_engine_is_given_back_where_there_is_no_room_for_it(pool, allocator, tmp_path):
+    pool.limit = "12MiB"
+    one, other = (Plan(tmp_path, random_weights(seed, 8 * MiB)) for seed in (1, 2))
+    engine = load(allocator, pool, one, evictable=True)
+    stays = load(allocator, pool, other)
+    engine.destroy()
+    assert engine.holding.closed
+    assert stays.read() == other.block
+    stays.destroy()
+
+
+def test_giving_an_evicted_engine_back_takes_no_memory_from_others(pool, allocator, tmp_path):
+    pool.limit = "12MiB"
+    one, other = (Plan(tmp_path, random_weights(seed, 8 * MiB)) for seed in (1, 2))
+    engine = load(allocator, pool, one, evictable=True)
+    stays = load(allocator, pool, other, evictable=True)
+    engine.destroy()
+    assert stays.holding.weigh().asleep == 0
+    stays.destroy()
