@@ -34,7 +34,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from glake_infer import cuda
-from glake_infer.allocators.errors import DriverError, ForkedProcessError, OutOfMemoryError
+from glake_infer.allocators.errors import ForkedProcessError, GlakeError, OutOfMemoryError
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import File
 from glake_infer.digest import digest_of, digest_of_piece
@@ -469,7 +469,7 @@ class Loading:
                         region.parts[chunk] = region.parts.pop(mine[index])
                     mine[index] = chunk
                     shared += sizes[index]
-        except (OutOfMemoryError, DriverError) as error:
+        except GlakeError as error:  # no room, or files of an engine that sleeps are others now
             _log.warning(
                 "an engine keeps %d bytes to itself that others have: %s", block.size - shared, error
             )

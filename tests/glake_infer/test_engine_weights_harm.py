@@ -78,3 +78,20 @@ def test_giving_an_evicted_engine_back_takes_no_memory_from_others(pool, allocat
     engine.destroy()
     assert stays.holding.weigh().asleep == 0
     stays.destroy()
+
+
+def test_an_object_that_is_gone_keeps_a_load_from_sharing_and_no_more(pool, allocator, tmp_path):
+    plan = Plan(tmp_path, WEIGHTS)
+    asleep = load(allocator, pool, plan)
+    asleep.holding.suspend()
+    victim = plan.stretches[3].file.path
+    data = victim.read_bytes()
+    victim.unlink()
+    engine = load(allocator, pool, plan)
+    assert engine.report.shared_bytes == 0
+    assert engine.read() == plan.block
+    victim.write_bytes(data)
+    with asleep.holding:
+        assert asleep.read() == plan.block
+    engine.destroy()
+    asleep.destroy()
