@@ -53,7 +53,7 @@ class BlockSource(Protocol):
     """Who gives blocks in the pool's place, and takes them back (glake_infer/engine_weights.py: of weights)."""
 
     def allocate(self, size: int, alignment: int) -> int:
-        """Return the address of a block; raises what `Pool.allocate` does."""
+        """Return the address of a block, aligned to at most a granule; raises what `Pool.allocate` does."""
 
     def deallocate(self, address: int, stream: int) -> None:
         """Take a block back, whose work may still be queued on `stream`."""
@@ -243,7 +243,7 @@ class TensorRTAllocator:
             raise PoolClosedError
         if alignment & (alignment - 1):
             raise DriverError(f"TensorRT asked for an alignment of {alignment}, which is no power of two.")
-        if here.source and not resizable:
+        if here.source and not resizable and alignment <= state.native.granularity:
             address = base = here.source.allocate(size, max(alignment, 1))
             live = _Live(size, "weights", base, source=here.source)
         elif resizable:

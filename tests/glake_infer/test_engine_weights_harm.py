@@ -95,3 +95,17 @@ def test_an_object_that_is_gone_keeps_a_load_from_sharing_and_no_more(pool, allo
         assert asleep.read() == plan.block
     engine.destroy()
     asleep.destroy()
+
+
+@pytest.mark.parametrize("alignment", [1, 0, 512, 64 * KiB, 128 * KiB, 1 << 20])
+@pytest.mark.parametrize("size", [1, 127, 64 * KiB, 64 * KiB + 1, 3 * MiB + 5])
+def test_blocks_of_any_size_and_alignment(pool, allocator, tmp_path, size, alignment):
+    plan = Plan(tmp_path, random_weights(size, size))
+    engines = []
+    for _ in range(2):
+        with EngineWeights.of(pool).loading(allocator, plan_bytes=len(plan.bytes), stretches=plan.stretches):
+            engines.append(Engine(allocator, plan, alignment or 1))
+    for engine in engines:
+        assert engine.address
+        assert engine.read() == plan.block
+        engine.destroy()
