@@ -96,7 +96,8 @@ class _Thread(threading.local):
 class _State:
     native: _native.Pool
     device: str
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Of `live`. A collection in a thread that has it may end an engine."""
     live: dict[int, _Live] = field(default_factory=dict)
     here: _Thread = field(default_factory=_Thread)
 
@@ -173,7 +174,8 @@ class TensorRTAllocator:
     def held(self, tag: EngineTag | None = None) -> int:
         """Bytes, as asked for, that TensorRT holds now: all, or of one tag."""
         with self._state.lock:
-            return sum(live.size for live in self._state.live.values() if tag in (None, live.tag))
+            lives = list(self._state.live.values())
+        return sum(live.size for live in lives if tag in (None, live.tag))
 
     # What TensorRT calls. Nothing may be raised there.
 

@@ -170,7 +170,7 @@ class EngineWeights:
         self._table = table
         self._native: _native.Pool = table._native
         self._device = device
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection in a thread that has it may end an engine
         self._settling = threading.Lock()
         self._blocks: dict[int, Block] = {}  # by TensorRT's address
         self._known: dict[str, int] = {}  # what a chunk holds -> the chunk
@@ -250,7 +250,7 @@ class EngineWeights:
         votes: Counter[tuple[int, int]] = Counter()
         inside = [s for s in plan.within(begin, size) if s.file.length >= TELLING and s.start == 0]
         with self._lock:
-            for block in self._blocks.values():
+            for block in list(self._blocks.values()):
                 for stretch in inside:
                     there = block.objects.get(stretch.file.digest)
                     if there is not None:
@@ -522,7 +522,7 @@ class Loading:
         with self._weights._lock:
             others = {
                 digest
-                for other in self._weights._blocks.values()
+                for other in list(self._weights._blocks.values())
                 if other not in self._blocks
                 for digest in other.objects
             }

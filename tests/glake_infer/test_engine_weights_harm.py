@@ -109,3 +109,46 @@ def test_blocks_of_any_size_and_alignment(pool, allocator, tmp_path, size, align
         assert engine.address
         assert engine.read() == plan.block
         engine.destroy()
+
+
+class Meanwhile(dict):
+    """A dictionary during whose look-ups a collection ends engines, as it may in any thread at any time."""
+
+    def __init__(self, content, action):
+        super().__init__(content)
+        self.action = action
+
+    def values(self):
+        if self.action:
+            action, self.action = self.action, None
+            action()
+        return super().values()
+
+
+def finishes(work):
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_an_engine_may_be_collected_while_a_thread_looks_at_the_blocks(pool, allocator, tmp_path):
+    plan = Plan(tmp_path, WEIGHTS)
+    weights = EngineWeights.of(pool)
+    gone, stays = (load(allocator, pool, plan) for _ in range(2))
+    weights._blocks = Meanwhile(weights._blocks, gone.destroy)
+    made = []
+    assert finishes(lambda: made.append(load(allocator, pool, plan)))
+    assert made[0].read() == plan.block
+    for engine in (stays, *made):
+        engine.destroy()
+
+
+def test_an_engine_may_be_collected_while_its_allocator_is_asked(pool, allocator, tmp_path):
+    plan = Plan(tmp_path, WEIGHTS)
+    gone, stays = (load(allocator, pool, plan) for _ in range(2))
+    state = allocator._state
+    state.live = Meanwhile(state.live, gone.destroy)
+    assert finishes(allocator.held)
+    assert allocator.held() == len(plan.block)
+    stays.destroy()
