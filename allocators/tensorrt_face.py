@@ -212,10 +212,10 @@ class TensorRTAllocator:
         try:
             with self._state.lock:
                 live = self._state.live.get(int(address))
-                if live is None or live.growing is None:
-                    return 0  # TensorRT goes on with what it has, and copies
-                self._grow(live.growing, int(new_size))
-                live.size = int(new_size)
+            if live is None or live.growing is None:
+                return 0  # TensorRT goes on with what it has, and copies
+            self._grow(live.growing, int(new_size))  # without the lock: it may wait for what others give back
+            live.size = int(new_size)
         except Exception as error:
             self._refused(error, f"growing to {new_size} bytes")
             return 0

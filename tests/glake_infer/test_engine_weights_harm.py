@@ -152,3 +152,23 @@ def test_an_engine_may_be_collected_while_its_allocator_is_asked(pool, allocator
     assert finishes(allocator.held)
     assert allocator.held() == len(plan.block)
     stays.destroy()
+
+
+def test_what_waits_for_room_to_grow_holds_up_nobody_else(pool, allocator, tmp_path):
+    pool.limit = "13MiB"
+    engine = load(allocator, pool, Plan(tmp_path, random_weights(1, 4 * MiB)))
+    caller = engine._caller
+    growing, small = caller.allocate_async(MiB, 512, 1), caller.allocate_async(100)
+    grown = []
+    with engine.holding:
+        thread = threading.Thread(
+            target=lambda: grown.append(caller.reallocate(growing, 512, 10 * MiB)), daemon=True
+        )
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert finishes(lambda: caller.deallocate_async(small))
+    thread.join(10)
+    assert caller.deallocate_async(growing)
+    engine.destroy()
+    pool.trim()
