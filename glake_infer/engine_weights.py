@@ -484,10 +484,10 @@ class Loading:
         chunks: list[int] = []
         unknown: list[int] = []
         self._reserved = self._sharable = 0
+        own = {c for block in self._blocks for c in block.region.chunks if c not in table._owners}
+        native.freeze(sorted(own))  # first: it may fail, and the table would know of what is none of its
         for block, (keys, known) in zip(self._blocks, looked, strict=True):
             region = block.region
-            own = [c for c in region.chunks if c not in table._owners]
-            native.freeze(own)
             self._reserved += sum(s for c, s in zip(region.chunks, region.sizes, strict=True) if c in own)
             self._sharable += self._elsewhere(block)
             for chunk, key, sure, span in zip(region.chunks, keys, known, block.spans(), strict=True):

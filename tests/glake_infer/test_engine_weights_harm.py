@@ -172,3 +172,38 @@ def test_what_waits_for_room_to_grow_holds_up_nobody_else(pool, allocator, tmp_p
     assert caller.deallocate_async(growing)
     engine.destroy()
     pool.trim()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_driver_failure_at_any_call_leaves_nothing(pool, allocator, tmp_path, shared):
+    """Whatever fails: engines have their bytes, later loads share as before, and all goes with the engines."""
+    plan = Plan(tmp_path, WEIGHTS[:2])
+    other = Plan(tmp_path, [random_weights(3, 512)[0], *WEIGHTS[:2]])
+    native, weights, table = pool._open(), EngineWeights.of(pool), Residency.of(pool)
+    raised = 0
+    for number in range(120 if shared else 60):
+        asleep = load(allocator, pool, plan) if shared else None
+        if asleep and number % 2:
+            asleep.holding.suspend()
+        engines = []
+        native.inject_failure(number)
+        try:
+            with weights.loading(allocator, plan_bytes=len(other.bytes), stretches=other.stretches):
+                engines += [Engine(allocator, plan), Engine(allocator, other)]
+        except gi.DriverError:
+            raised += 1
+        native.inject_failure(-1)
+        pool.check_invariants()
+        engines = [engine for engine in engines if engine.address]
+        again = load(allocator, pool, plan)
+        assert again.report.own_bytes == 0 or not shared
+        table.asleep()
+        for engine in engines:
+            assert engine.read() == engine.plan.block
+            engine.destroy()
+        assert again.read() == plan.block
+        for engine in filter(None, (again, asleep)):
+            engine.destroy()
+        assert (weights._blocks, table._regions, table._owners, table._entries) == ({}, {}, {}, {})
+        assert pool.stats().reserved == 0
+    assert raised or shared
