@@ -836,7 +836,7 @@ class Residency:
                         kept.wanted.add(reader)  # so that nobody frees it meanwhile
                         kept.used = start
                         borrowed.append((chunk, kept))
-                        copied = (native.address_of(chunk), kept.address, kept.size)
+                        copied = (self._address_of(chunk, holding), kept.address, kept.size)
                         fills.append(_Fill(chunk, kept.size, [], [copied], later))
                         continue
                     owners = self._owners[chunk]
@@ -1039,13 +1039,20 @@ class Residency:
             if not missing:
                 return
             try:
-                made = self._device.keep([(self._native.address_of(chunk), size) for chunk, size in missing])
+                with self._locked():
+                    spans = [(self._address_of(chunk, holding), size) for chunk, size in missing]
+                made = self._device.keep(spans)
             except BaseException:
                 host_cache.give_back(sum(size for _, size in missing))
                 raise
             with self._locked():
                 for (chunk, size), address in zip(missing, made, strict=True):
                     self._pinned[chunk] = _Copy(address, size, {holding}, now)
+
+    def _address_of(self, chunk: int, holding: Holding) -> int:
+        """Where a chunk lies that a holding uses: in a region of its own, as others' may go meanwhile. Under the lock."""
+        owner = next(owner for owner in self._owners[chunk] if owner in holding.regions)
+        return owner.starts[owner.chunks.index(chunk)]
 
     def _drop_copies(self, size: int, wanting: Holding) -> None:
         """Free copies of other holdings, the longest unused first, until `size` bytes are free. Under the lock."""

@@ -207,3 +207,42 @@ def test_a_driver_failure_at_any_call_leaves_nothing(pool, allocator, tmp_path, 
         assert (weights._blocks, table._regions, table._owners, table._entries) == ({}, {}, {}, {})
         assert pool.stats().reserved == 0
     assert raised or shared
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_first_owner_goes_while_another_brings_back_or_keeps(pool, allocator, tmp_path, keep):
+    """What is copied to or from shared chunks lies at addresses of who copies, not of who had them first."""
+    table = Residency.of(pool, copies=True)
+    plan = Plan(tmp_path, WEIGHTS[:3])
+    first = load(allocator, pool, plan)
+    other = load(allocator, pool, plan, host_copy="store" if keep else "pinned")
+    assert other.report.own_bytes == 0
+    device = table._device
+    spans = []
+
+    class Device:
+        def __getattr__(self, name):
+            return getattr(device, name)
+
+        def keep(self, wanted):
+            spans.extend(address for address, _ in wanted)
+            return device.keep(wanted)
+
+        def start(self, steps, total, **options):
+            steps = list(steps)
+            spans.extend(address for step in steps for address, _, _ in step.copies)
+            return device.start(steps, total, **options)
+
+    table._device = Device()
+    if keep:
+        other.holding.host_copy = "pinned"
+    else:
+        first.holding.suspend()
+        other.holding.suspend()
+    with other.holding:
+        assert other.read() == plan.block
+    assert spans
+    (region,) = other.holding.regions
+    assert all(region.address <= address < region.address + sum(region.sizes) for address in spans)
+    first.destroy()
+    other.destroy()
