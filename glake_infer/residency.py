@@ -840,7 +840,12 @@ class Residency:
                         fills.append(_Fill(chunk, kept.size, [], [copied], later))
                         continue
                     owners = self._owners[chunk]
-                    mine = [owner for owner in owners if owner in holding.regions]
+                    mine = [owner for owner in owners if owner in holding.regions and chunk in owner.parts]
+                    if not mine:
+                        raise StoreError(
+                            "weights of an engine that is gone were wanted for another's, and nothing is known that has "
+                            "them. Load that engine again."
+                        )
                     if (
                         mine[0].parted or mine[0].spec or mine[0].of_engine
                     ):  # versions have the same bytes there

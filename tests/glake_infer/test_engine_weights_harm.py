@@ -246,3 +246,32 @@ def test_the_first_owner_goes_while_another_brings_back_or_keeps(pool, allocator
     assert all(region.address <= address < region.address + sum(region.sizes) for address in spans)
     first.destroy()
     other.destroy()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_engine_goes_whose_chunks_a_load_is_about_to_use(pool, allocator, tmp_path, monkeypatch, known):
+    """The one that has no source kept them there; another that sleeps may have one."""
+    plan = Plan(tmp_path, WEIGHTS[:3])
+    with EngineWeights.of(pool).loading(allocator):
+        gone = Engine(allocator, plan)
+    others = [load(allocator, pool, plan)] if known else []
+    for other in others:
+        other.holding.suspend()
+
+    class Late(Holding):
+        def __enter__(self):
+            gone.destroy()
+            pool.limit, before = 4 * len(plan.block), pool.limit
+            pool.deallocate(pool.allocate(2 * len(plan.block)))  # takes the memory of what nobody keeps
+            pool.limit = before
+            return super().__enter__()
+
+    monkeypatch.setattr(engine_weights, "Holding", Late)
+    engine = load(allocator, pool, plan)
+    monkeypatch.undo()
+    assert engine.report.shared_bytes == (len(plan.block) if known else 0)
+    for each in (engine, *others):
+        with each.holding:
+            assert each.read() == plan.block
+    for each in (engine, *others):
+        each.destroy()
