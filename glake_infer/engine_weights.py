@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -162,7 +162,8 @@ class BlockHolding(Holding):
 class EngineWeights:
     """The weight blocks of a pool's engines. Thread-safe; one load of several at a time is compared with the others."""
 
-    _of: ClassVar[WeakKeyDictionary[Residency, EngineWeights]] = WeakKeyDictionary()
+    _of: ClassVar[WeakValueDictionary[Residency, EngineWeights]] = WeakValueDictionary()
+    """Their blocks keep them."""
     _of_lock = threading.Lock()
 
     def __init__(self, table: Residency, device: str) -> None:

@@ -275,3 +275,31 @@ def test_an_engine_goes_whose_chunks_a_load_is_about_to_use(pool, allocator, tmp
             assert each.read() == plan.block
     for each in (engine, *others):
         each.destroy()
+
+
+def test_nothing_stays_of_a_pool_that_is_closed(tmp_path):
+    with gi.Pool("cpu", "64MiB") as pool:
+        allocator = gi.TensorRTAllocator(pool)
+        load(allocator, pool, Plan(tmp_path, WEIGHTS[:1])).destroy()
+        table = weakref.ref(Residency.of(pool))
+    gc.collect()
+    assert table() is None
+
+
+def test_engines_that_outlive_the_pools_handle_share_with_those_of_the_next(tmp_path):
+    plan = Plan(tmp_path, WEIGHTS[:2])
+    pool = gi.Pool("cpu", "64MiB")
+    allocator = gi.TensorRTAllocator(pool)
+    first = load(allocator, pool, plan)
+    first.holding.suspend()
+    del pool
+    gc.collect()
+    with gi.Pool("cpu", "64MiB") as pool:
+        other = load(allocator, pool, plan)
+        assert other.report.own_bytes == 0
+        with first.holding:
+            assert first.read() == plan.block
+        first.destroy()
+        assert other.read() == plan.block
+        other.destroy()
+        assert pool.stats().reserved == 0
