@@ -14,6 +14,7 @@ from glake_infer import engine_weights
 from glake_infer.engine_weights import EngineWeights
 from glake_infer.holding import Holding
 from glake_infer.residency import Residency
+from glake_infer.transfers.host_cache import host_cache
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -303,3 +304,18 @@ def test_engines_that_outlive_the_pools_handle_share_with_those_of_the_next(tmp_
         assert other.read() == plan.block
         other.destroy()
         assert pool.stats().reserved == 0
+
+
+def test_an_engine_may_be_collected_while_copies_are_counted(pool, allocator, tmp_path, monkeypatch):
+    Residency.of(pool, copies=True)
+    gone = load(allocator, pool, Plan(tmp_path, WEIGHTS[:1]), host_copy="pinned")
+    before = host_cache.bytes
+
+    def excess(size):
+        gone.destroy()
+        return 0
+
+    monkeypatch.setattr(host_cache, "excess", excess)
+    assert finishes(lambda: host_cache.reserve(KiB))
+    host_cache.give_back(KiB)
+    assert host_cache.bytes < before
