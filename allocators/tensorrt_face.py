@@ -263,14 +263,13 @@ class TensorRTAllocator:
         return address
 
     def _give_back(self, address: int, live: _Live, stream: int) -> None:
-        state = self._state
-        if live.source:
-            live.source.deallocate(address, stream)
-        elif live.growing:
-            self._release(live.growing)
-        else:
-            with contextlib.suppress(ForkedProcessError):  # the parent's memory
-                state.native.deallocate(live.base, stream)
+        with contextlib.suppress(ForkedProcessError):  # the parent's memory
+            if live.source:
+                live.source.deallocate(address, stream)
+            elif live.growing:
+                self._release(live.growing)
+            else:
+                self._state.native.deallocate(live.base, stream)
 
     def _reserve(self, size: int) -> tuple[_Growing, int]:
         """Reserve addresses for GROWTH times a size, in chunks that double what there is, and fill the first."""

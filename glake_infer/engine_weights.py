@@ -34,7 +34,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from glake_infer import cuda
-from glake_infer.allocators.errors import ForkedProcessError, GlakeError, OutOfMemoryError
+from glake_infer.allocators.errors import GlakeError, OutOfMemoryError
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import File
 from glake_infer.digest import digest_of, digest_of_piece
@@ -348,18 +348,14 @@ class Loading:
         block = weights._block_at(address)
         if block is None:
             return
-        native = self._native
-        try:
-            holding = block.holding
-            if holding is None:
-                native.remove_user(block.user)
-                native.remove_region(block.region.number)
-                self._blocks.remove(block)
-            elif not any(other in weights._blocks.values() for other in holding.blocks):
-                holding.settle()
-                holding.close(wait=False)
-        except ForkedProcessError:
-            pass  # the parent's
+        native, holding = self._native, block.holding
+        if holding is None:
+            native.remove_user(block.user)
+            native.remove_region(block.region.number)
+            self._blocks.remove(block)
+        elif not any(other in weights._blocks.values() for other in holding.blocks):
+            holding.settle()
+            holding.close(wait=False)
 
     # Once TensorRT has filled it.
 
