@@ -347,7 +347,9 @@ class Residency:
         """Bytes of memory that models hold addresses for, and that are not there now."""
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
-            return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+            far = sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used if r.on_host)
+            near = {chunk for region in used if not region.on_host for chunk in region.chunks}
+            return far + int(self._native.absent(list(near)))  # each once, however many have it
 
     @property
     def offloads(self) -> bool:

@@ -60,6 +60,18 @@ def test_a_block_whose_chunks_are_all_others_too_outlives_a_sweep_while_it_sleep
         engine.destroy()
 
 
+def test_what_sleeps_counts_once(pool, allocator, tmp_path):
+    plans = [Plan(tmp_path, [random_weights(3, size)[0], *WEIGHTS]) for size in (512, 1024)]
+    engines = [load(allocator, pool, plan) for plan in plans]
+    before = pool.stats().reserved
+    for engine in engines:
+        engine.holding.suspend()
+    assert pool.stats().reserved == 0
+    assert Residency.of(pool).asleep() == before
+    for engine in engines:
+        engine.destroy()
+
+
 def test_an_evicted_engine_is_given_back_where_there_is_no_room_for_it(pool, allocator, tmp_path):
     pool.limit = "12MiB"
     one, other = (Plan(tmp_path, random_weights(seed, 8 * MiB)) for seed in (1, 2))
