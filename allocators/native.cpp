@@ -351,6 +351,10 @@ NB_MODULE(_native, module) {
           [](Pool& self, Weights::Id user, const std::vector<Weights::Id>& chunks) { self.load_failed(user, chunks); },
           "user"_a, "chunks"_a, Unlocked())
       .def("end_use", &Pool::end_use, "user"_a, Unlocked())
+      .def("touch", &Pool::touch, "user"_a, Unlocked())
+      .def(
+          "absent", [](const Pool& self, const std::vector<Weights::Id>& chunks) { return self.absent(chunks); },
+          "chunks"_a, Unlocked())
       .def(
           "suspend", [](Pool& self, Weights::Id user) { return self.suspend(user, &check_signals); }, "user"_a,
           Unlocked())

@@ -1021,6 +1021,16 @@ void Pool::end_use(Weights::Id user) {
   verify();
 }
 
+std::size_t Pool::absent(std::span<const Weights::Id> chunks) const {
+  const Operation operation(*this);
+  return resident_.need(chunks).missing;
+}
+
+void Pool::touch(Weights::Id user) {
+  const Operation operation(*this);
+  resident_.touch(user);
+}
+
 std::size_t Pool::suspend(Weights::Id user, const std::function<void()>& poll) {
   if (process_.is_child()) throw ForkedProcess();
   std::unique_lock lock(mutex_);

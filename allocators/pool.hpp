@@ -257,6 +257,9 @@ class Pool final : private RangeTable, private RangeSource, private WeightBudget
   void loaded(Weights::Id user, std::span<const Weights::Id> chunks, bool writable = false);
   void load_failed(Weights::Id user, std::span<const Weights::Id> chunks);
   void end_use(Weights::Id user);
+  void touch(Weights::Id user);
+  // Bytes of the device that those of these chunks take which are absent, each once.
+  [[nodiscard]] std::size_t absent(std::span<const Weights::Id> chunks) const;
   // Waits until the user is not busy; uses that begin meanwhile wait until it is suspended, and then load it again.
   std::size_t suspend(Weights::Id user, const std::function<void()>& poll = {});
   [[nodiscard]] std::size_t granularity() const noexcept { return chunks_.granule(); }

@@ -53,7 +53,7 @@ class BlockSource(Protocol):
     """Who gives blocks in the pool's place, and takes them back (glake_infer/engine_weights.py: of weights)."""
 
     def allocate(self, size: int, alignment: int) -> int:
-        """Return the address of a block; raises what `Pool.allocate` does."""
+        """Return the address of a block, aligned to at most a granule; raises what `Pool.allocate` does."""
 
     def deallocate(self, address: int, stream: int) -> None:
         """Take a block back, whose work may still be queued on `stream`."""
@@ -96,7 +96,8 @@ class _Thread(threading.local):
 class _State:
     native: _native.Pool
     device: str
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Of `live`. A collection in a thread that has it may end an engine."""
     live: dict[int, _Live] = field(default_factory=dict)
     here: _Thread = field(default_factory=_Thread)
 
@@ -173,7 +174,8 @@ class TensorRTAllocator:
     def held(self, tag: EngineTag | None = None) -> int:
         """Bytes, as asked for, that TensorRT holds now: all, or of one tag."""
         with self._state.lock:
-            return sum(live.size for live in self._state.live.values() if tag in (None, live.tag))
+            lives = list(self._state.live.values())
+        return sum(live.size for live in lives if tag in (None, live.tag))
 
     # What TensorRT calls. Nothing may be raised there.
 
@@ -210,10 +212,10 @@ class TensorRTAllocator:
         try:
             with self._state.lock:
                 live = self._state.live.get(int(address))
-                if live is None or live.growing is None:
-                    return 0  # TensorRT goes on with what it has, and copies
-                self._grow(live.growing, int(new_size))
-                live.size = int(new_size)
+            if live is None or live.growing is None:
+                return 0  # TensorRT goes on with what it has, and copies
+            self._grow(live.growing, int(new_size))  # without the lock: it may wait for what others give back
+            live.size = int(new_size)
         except Exception as error:
             self._refused(error, f"growing to {new_size} bytes")
             return 0
@@ -243,7 +245,7 @@ class TensorRTAllocator:
             raise PoolClosedError
         if alignment & (alignment - 1):
             raise DriverError(f"TensorRT asked for an alignment of {alignment}, which is no power of two.")
-        if here.source and not resizable:
+        if here.source and not resizable and alignment <= state.native.granularity:
             address = base = here.source.allocate(size, max(alignment, 1))
             live = _Live(size, "weights", base, source=here.source)
         elif resizable:
@@ -261,14 +263,13 @@ class TensorRTAllocator:
         return address
 
     def _give_back(self, address: int, live: _Live, stream: int) -> None:
-        state = self._state
-        if live.source:
-            live.source.deallocate(address, stream)
-        elif live.growing:
-            self._release(live.growing)
-        else:
-            with contextlib.suppress(ForkedProcessError):  # the parent's memory
-                state.native.deallocate(live.base, stream)
+        with contextlib.suppress(ForkedProcessError):  # the parent's memory
+            if live.source:
+                live.source.deallocate(address, stream)
+            elif live.growing:
+                self._release(live.growing)
+            else:
+                self._state.native.deallocate(live.base, stream)
 
     def _reserve(self, size: int) -> tuple[_Growing, int]:
         """Reserve addresses for GROWTH times a size, in chunks that double what there is, and fill the first."""

@@ -625,8 +625,12 @@ void Weights::failed(Id id, std::span<const Id> ids) noexcept {
 }
 
 void Weights::end(Id id) {
+  touch(id);
+  --find(users_, id).busy;
+}
+
+void Weights::touch(Id id) {
   User& user = find(users_, id);
-  --user.busy;
   user.fence = fences_.now();
   user.last_use = Clock::now();
 }

@@ -124,6 +124,8 @@ class Weights {
   // They are absent again, and the use has ended; with it the only one, the user is as after suspend().
   void failed(Id user, std::span<const Id> chunks) noexcept;
   void end(Id user);
+  // As if a use ended now: the user's chunks go only once the device has done what is queued. Needs no room.
+  void touch(Id user);
   // Where a chunk that is loading lies: in its first region.
   [[nodiscard]] Address address(Id chunk) const;
   // Maps a chunk that a busy user has at one more address, for writing what nobody has read yet, until end_writing().

@@ -29,12 +29,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from glake_infer import cuda
-from glake_infer.allocators.errors import DriverError, ForkedProcessError, OutOfMemoryError
+from glake_infer.allocators.errors import GlakeError, OutOfMemoryError
 from glake_infer.allocators.pool import Pool
 from glake_infer.checking import File
 from glake_infer.digest import digest_of, digest_of_piece
@@ -145,12 +145,10 @@ class BlockHolding(Holding):
 
     def settle(self) -> None:
         """Let the memory go only once the device has done what is queued now."""
-        if self.closed or self.suspended:
-            return
-        if absent := self._native.begin_use(self._number):  # it was evicted
-            self._native.load_failed(self._number, absent)
-        else:
-            self._native.end_use(self._number)
+        if not self.closed:
+            self._native.touch(
+                self._number
+            )  # no use: that could need room, or wait for what this very thread loads
 
     def released(self) -> None:
         """The table has given the references back; it is locked."""
@@ -164,7 +162,8 @@ class BlockHolding(Holding):
 class EngineWeights:
     """The weight blocks of a pool's engines. Thread-safe; one load of several at a time is compared with the others."""
 
-    _of: ClassVar[WeakKeyDictionary[Residency, EngineWeights]] = WeakKeyDictionary()
+    _of: ClassVar[WeakValueDictionary[Residency, EngineWeights]] = WeakValueDictionary()
+    """Their blocks keep them."""
     _of_lock = threading.Lock()
 
     def __init__(self, table: Residency, device: str) -> None:
@@ -172,7 +171,7 @@ class EngineWeights:
         self._table = table
         self._native: _native.Pool = table._native
         self._device = device
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection in a thread that has it may end an engine
         self._settling = threading.Lock()
         self._blocks: dict[int, Block] = {}  # by TensorRT's address
         self._known: dict[str, int] = {}  # what a chunk holds -> the chunk
@@ -252,7 +251,7 @@ class EngineWeights:
         votes: Counter[tuple[int, int]] = Counter()
         inside = [s for s in plan.within(begin, size) if s.file.length >= TELLING and s.start == 0]
         with self._lock:
-            for block in self._blocks.values():
+            for block in list(self._blocks.values()):
                 for stretch in inside:
                     there = block.objects.get(stretch.file.digest)
                     if there is not None:
@@ -349,18 +348,14 @@ class Loading:
         block = weights._block_at(address)
         if block is None:
             return
-        native = self._native
-        try:
-            holding = block.holding
-            if holding is None:
-                native.remove_user(block.user)
-                native.remove_region(block.region.number)
-                self._blocks.remove(block)
-            elif not any(other in weights._blocks.values() for other in holding.blocks):
-                holding.settle()
-                holding.close(wait=False)
-        except ForkedProcessError:
-            pass  # the parent's
+        native, holding = self._native, block.holding
+        if holding is None:
+            native.remove_user(block.user)
+            native.remove_region(block.region.number)
+            self._blocks.remove(block)
+        elif not any(other in weights._blocks.values() for other in holding.blocks):
+            holding.settle()
+            holding.close(wait=False)
 
     # Once TensorRT has filled it.
 
@@ -471,7 +466,7 @@ class Loading:
                         region.parts[chunk] = region.parts.pop(mine[index])
                     mine[index] = chunk
                     shared += sizes[index]
-        except (OutOfMemoryError, DriverError) as error:
+        except GlakeError as error:  # no room, or files of an engine that sleeps are others now
             _log.warning(
                 "an engine keeps %d bytes to itself that others have: %s", block.size - shared, error
             )
@@ -486,10 +481,10 @@ class Loading:
         chunks: list[int] = []
         unknown: list[int] = []
         self._reserved = self._sharable = 0
+        own = {c for block in self._blocks for c in block.region.chunks if c not in table._owners}
+        native.freeze(sorted(own))  # first: it may fail, and the table would know of what is none of its
         for block, (keys, known) in zip(self._blocks, looked, strict=True):
             region = block.region
-            own = [c for c in region.chunks if c not in table._owners]
-            native.freeze(own)
             self._reserved += sum(s for c, s in zip(region.chunks, region.sizes, strict=True) if c in own)
             self._sharable += self._elsewhere(block)
             for chunk, key, sure, span in zip(region.chunks, keys, known, block.spans(), strict=True):
@@ -524,7 +519,7 @@ class Loading:
         with self._weights._lock:
             others = {
                 digest
-                for other in self._weights._blocks.values()
+                for other in list(self._weights._blocks.values())
                 if other not in self._blocks
                 for digest in other.objects
             }

@@ -347,7 +347,9 @@ class Residency:
         """Bytes of memory that models hold addresses for, and that are not there now."""
         with self._locked():
             used = [region for region in self._regions.values() if region.references]
-            return sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used)
+            far = sum(sum(r.sizes) - int(self._native.resident_in(r.number)) for r in used if r.on_host)
+            near = {chunk for region in used if not region.on_host for chunk in region.chunks}
+            return far + int(self._native.absent(list(near)))  # each once, however many have it
 
     @property
     def offloads(self) -> bool:
@@ -736,6 +738,8 @@ class Residency:
     def _sweep(self) -> None:
         """Forget regions that nobody needs and that the pool has emptied."""
         for region in list(self._regions.values()):
+            if region.of_engine and not region.ended:  # it may have no entry that another has not
+                continue
             if not region.references and not self._native.resident_in(region.number):
                 self._remove(region)
 
@@ -834,11 +838,16 @@ class Residency:
                         kept.wanted.add(reader)  # so that nobody frees it meanwhile
                         kept.used = start
                         borrowed.append((chunk, kept))
-                        copied = (native.address_of(chunk), kept.address, kept.size)
+                        copied = (self._address_of(chunk, holding), kept.address, kept.size)
                         fills.append(_Fill(chunk, kept.size, [], [copied], later))
                         continue
                     owners = self._owners[chunk]
-                    mine = [owner for owner in owners if owner in holding.regions]
+                    mine = [owner for owner in owners if owner in holding.regions and chunk in owner.parts]
+                    if not mine:
+                        raise StoreError(
+                            "weights of an engine that is gone were wanted for another's, and nothing is known that has "
+                            "them. Load that engine again."
+                        )
                     if (
                         mine[0].parted or mine[0].spec or mine[0].of_engine
                     ):  # versions have the same bytes there
@@ -1037,13 +1046,20 @@ class Residency:
             if not missing:
                 return
             try:
-                made = self._device.keep([(self._native.address_of(chunk), size) for chunk, size in missing])
+                with self._locked():
+                    spans = [(self._address_of(chunk, holding), size) for chunk, size in missing]
+                made = self._device.keep(spans)
             except BaseException:
                 host_cache.give_back(sum(size for _, size in missing))
                 raise
             with self._locked():
                 for (chunk, size), address in zip(missing, made, strict=True):
                     self._pinned[chunk] = _Copy(address, size, {holding}, now)
+
+    def _address_of(self, chunk: int, holding: Holding) -> int:
+        """Where a chunk lies that a holding uses: in a region of its own, as others' may go meanwhile. Under the lock."""
+        owner = next(owner for owner in self._owners[chunk] if owner in holding.regions)
+        return owner.starts[owner.chunks.index(chunk)]
 
     def _drop_copies(self, size: int, wanting: Holding) -> None:
         """Free copies of other holdings, the longest unused first, until `size` bytes are free. Under the lock."""

@@ -11,7 +11,7 @@ Not run: building a stripped engine needs a GPU of its target kind. What is test
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -53,7 +53,8 @@ class StrippedWeights:
     `user`: a number that names the model. The weights are absent until `restore`. The pool does not take their memory by
     itself: the engine maps it.
 
-    Raises InputError (no manager, or more bytes than the engine has), OutOfMemoryError or DriverError; then nothing is held.
+    Raises InputError (no manager, bytes that no stretch has, or more than the engine has), AlteredObjectError,
+    OutOfMemoryError or DriverError; then nothing is held.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class StrippedWeights:
         self._weights = weights = EngineWeights.of(pool)
         table, native = weights._table, weights._native
         size = int(manager.get_size())
-        given = max((stretch.offset + stretch.bytes for stretch in source), default=0)
+        given = max((stretch.end for stretch in source), default=0)
         if given > size:
             raise InputError(
                 f"the engine's weights take {size} bytes, and {given} were given: they are those of another engine."
@@ -83,11 +84,24 @@ class StrippedWeights:
         sizes = sizes_of(size, weights.grid_for(size), 0, native.granularity)
         starts = list(itertools.accumulate(sizes[:-1], initial=0))
 
-        def look(start: int, size: int) -> str:
-            return key_of(size, 0, memoryview(data.read(start, max(0, min(size, given - start)))))
+        keys: list[str] = []
 
-        with ThreadPoolExecutor(THREADS, "glake-infer stripped weights") as threads:
-            keys = list(threads.map(look, starts, sizes))
+        def look(start: int, size: int) -> str:
+            wanted = max(0, min(size, given - start))
+            found = data.read(start, wanted)
+            return key_of(size, 0, memoryview(found)) if len(found) == wanted else ""
+
+        def look_at_all(failed: Callable[[], bool]) -> None:
+            with ThreadPoolExecutor(THREADS, "glake-infer stripped weights") as threads:
+                keys[:] = threads.map(look, starts, sizes)
+
+        table._checker.beside([stretch.file for stretch in source], look_at_all)
+        if "" in keys:
+            start = starts[keys.index("")]
+            raise InputError(
+                f"of the engine's weights, bytes from {start} on are in no stretch of the source: it has gaps. Give "
+                f"stretches for all {given} bytes, without gaps."
+            )
         with weights._settling, table._locked():
             there = [weights.chunk_of(key) for key in keys]
             pieces = [(each, each, chunk, False) for each, chunk in zip(sizes, there, strict=True)]

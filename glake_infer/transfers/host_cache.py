@@ -12,7 +12,7 @@ class HostCache:
 
     def __init__(self) -> None:
         """Empty."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection in a thread that has it may give copies back
         self._bytes = 0
 
     @property

@@ -203,6 +203,22 @@ def test_the_pools_handle_is_not_kept(tensorrt):
     subprocess.run([sys.executable, "-c", script, tensorrt.__name__], check=True, timeout=60)
 
 
+def test_a_child_of_fork_gives_nothing_back_and_says_nothing(tensorrt):
+    """An engine may be destroyed there, which is the parent's."""
+    script = (
+        "import importlib, os, sys; from glake_infer.allocators import Pool, TensorRTAllocator\n"
+        "pool = Pool('cpu'); allocator = TensorRTAllocator(pool, importlib.import_module(sys.argv[1]))\n"
+        "blocks = [allocator.allocate_async(100, 0, flags, 0) for flags in (0, 1)]\n"
+        "if not (child := os.fork()): os._exit(0 if all(allocator.deallocate_async(b, 0) for b in blocks) else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert all(allocator.deallocate_async(block, 0) for block in blocks)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tensorrt.__name__], check=True, timeout=60, capture_output=True
+    )
+    assert done.stderr == b""
+
+
 def test_without_any_tensorrt_the_error_says_what_to_install(pool, monkeypatch):
     for name in ("tensorrt_rtx", "tensorrt"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -182,3 +182,45 @@ def test_the_real_interface_has_these_methods():
         assert hasattr(tensorrt.IWeightsManager, name)
     text = tensorrt.IWeightsManager.restore_from_vmm_allocation.__doc__
     assert "allocation_handle" in text.partition("->")[0]
+
+
+def test_rows_at_the_end_are_told_apart(pool, tmp_path):
+    """Matrices side by side whose first rows are equal, and the others not."""
+    equal, rest = random_weights(8, 2 * 64 * KiB)[0], random_weights(9, *[6 * 64 * KiB] * 2)
+    made = []
+    for each in rest:
+        plan = Plan(tmp_path, [], header=b"h" * 512).weave(tmp_path, [equal + each] * 2, 64 * KiB)
+        begin = len(plan.bytes) - 4 - len(plan.block)
+        source = [
+            Stretch(s.offset - begin, s.bytes, s.file, s.start, s.rows, s.pitch) for s in plan.stretches[1:-1]
+        ]
+        manager = manager_for(pool, plan)
+        weights = StrippedWeights(pool, manager, source, user=len(made))
+        weights.restore(7)
+        made.append((weights, manager, plan))
+    for weights, manager, plan in made:
+        assert manager.read(weights)[: len(plan.block)] == plan.block
+        weights.close()
+
+
+@pytest.mark.parametrize("harm", ["gone", "altered"])
+def test_objects_that_are_others_are_shared_with_nobody(pool, plan, tmp_path, harm):
+    manager = manager_for(pool, plan)
+    weights = StrippedWeights(pool, manager, source_of(plan))
+    other = Plan(tmp_path, random_weights(6, *[len(plan.block)]), header=b"h" * 512)
+    victim = other.stretches[1].file
+    data = victim.path.read_bytes()
+    victim.path.unlink()
+    if harm == "altered":
+        victim.path.write_bytes(plan.block)
+    with pytest.raises(AlteredObjectError, match=victim.digest):
+        StrippedWeights(pool, manager_for(pool, other), source_of(other))
+    victim.path.write_bytes(data)
+    weights.close()
+
+
+def test_a_source_with_gaps_is_refused(pool, plan):
+    source = source_of(plan)
+    del source[1]
+    with pytest.raises(gi.InputError, match="gaps"):
+        StrippedWeights(pool, manager_for(pool, plan), source)
