@@ -90,6 +90,9 @@ class _Thread(threading.local):
     tag: EngineTag = "context"
     source: BlockSource | None = None
     error: GlakeError | None = None
+    interrupt: BaseException | None = (
+        None  # Ctrl-C inside a request, which nobody above TensorRT has seen yet
+    )
 
 
 @dataclass
@@ -155,6 +158,7 @@ class TensorRTAllocator:
             yield
         finally:
             here.tag = before
+            self._interrupt()
 
     @contextlib.contextmanager
     def blocks_from(self, source: BlockSource) -> Iterator[None]:
@@ -165,6 +169,7 @@ class TensorRTAllocator:
             yield
         finally:
             here.source = before
+            self._interrupt()
 
     def take_error(self) -> GlakeError | None:
         """Return why this thread's last refused request was refused, and forget it; None if there is none."""
@@ -177,7 +182,7 @@ class TensorRTAllocator:
             lives = list(self._state.live.values())
         return sum(live.size for live in lives if tag in (None, live.tag))
 
-    # What TensorRT calls. Nothing may be raised there.
+    # What TensorRT calls. Nothing may be raised there: Ctrl-C comes when a block of `tagged` or `blocks_from` ends.
 
     def allocate_async(self, size: int, alignment: int, flags: int, stream: int) -> int:
         """Return the address of `size` bytes, aligned to `alignment` (0: any), or 0 where there is no room, or no size."""
@@ -185,7 +190,7 @@ class TensorRTAllocator:
             if size <= 0:
                 return 0
             return self._allocate(int(size), int(alignment), bool(flags & 1), int(stream))
-        except Exception as error:
+        except BaseException as error:
             self._refused(error, f"{size} bytes")
             return 0
 
@@ -201,7 +206,7 @@ class TensorRTAllocator:
                     f"TensorRT gave back {int(memory):#x}, which this allocator did not hand out, or has back already."
                 )
             self._give_back(int(memory), live, int(stream))
-        except Exception as error:
+        except BaseException as error:
             self._refused(error, "giving memory back")
             return False
         return True
@@ -216,7 +221,7 @@ class TensorRTAllocator:
                 return 0  # TensorRT goes on with what it has, and copies
             self._grow(live.growing, int(new_size))  # without the lock: it may wait for what others give back
             live.size = int(new_size)
-        except Exception as error:
+        except BaseException as error:
             self._refused(error, f"growing to {new_size} bytes")
             return 0
         return int(address)
@@ -231,8 +236,20 @@ class TensorRTAllocator:
 
     # How.
 
-    def _refused(self, error: Exception, what: str) -> None:
-        known = error if isinstance(error, GlakeError) else DriverError(f"{what}: {error}")
+    def _interrupt(self) -> None:
+        """Raise what interrupted a request of this thread's: it could not go through TensorRT."""
+        interrupt, self._state.here.interrupt = self._state.here.interrupt, None
+        if interrupt is not None:
+            raise interrupt
+
+    def _refused(self, error: BaseException, what: str) -> None:
+        if not isinstance(error, Exception):
+            self._state.here.interrupt = error.with_traceback(None)
+        known = (
+            error
+            if isinstance(error, GlakeError)
+            else DriverError(f"{what}: {error or type(error).__name__}")
+        )
         # Its traceback, in a log's record too, would keep the frames that called TensorRT, and with them engines.
         self._state.here.error = known.with_traceback(None)
         _log.error("refused TensorRT's request (%s): %s", what, str(error))

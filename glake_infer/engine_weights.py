@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 CHUNKS = 512
 """Of a block, at most about so many: mapping costs per chunk, and sharing loses up to one where bytes begin to differ."""
 
+MOST_CUT = 8
+"""How many times as many chunks a block has, at most, where it is like one with smaller ones."""
+
 READ_BACK = 8 << 20
 THREADS = 8
 """Bytes that a thread reads back at once, and how many do."""
@@ -257,8 +260,9 @@ class EngineWeights:
                     if there is not None:
                         place = there + block.lead - (stretch.offset - begin)
                         votes[block.grid, place % block.grid] += stretch.file.length
-        for (theirs, shift), _ in votes.most_common():
-            if shift % alignment == 0:
+        for (theirs, shift), coinciding in votes.most_common():
+            # Not for less than a chunk, nor with many more chunks than its own size asks for.
+            if shift % alignment == 0 and coinciding >= theirs and theirs * MOST_CUT >= grid:
                 return theirs, shift
         return grid, -size % grid // alignment * alignment
 

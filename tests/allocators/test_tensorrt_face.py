@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import subprocess
@@ -247,3 +248,25 @@ def test_threads(pool, allocator):
         thread.join()
     assert not wrong
     assert (allocator.held(), pool.stats().active) == (0, 0)
+
+
+@pytest.mark.parametrize("block", ["tagged", "blocks_from"])
+def test_an_interrupt_in_a_request_comes_behind_tensorrt(pool, allocator, caller, block):
+    class Interrupted:
+        def allocate(self, size, alignment):
+            raise KeyboardInterrupt
+
+    addresses = []
+
+    def ask():
+        outer = allocator.tagged("weights") if block == "tagged" else contextlib.nullcontext()
+        with outer, allocator.blocks_from(Interrupted()):
+            addresses.append(caller.allocate_async(MiB))
+            addresses.append(0)  # TensorRT went on to its own error
+
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    assert addresses == [0, 0]
+    assert isinstance(allocator.take_error(), DriverError)
+    with allocator.tagged("weights"):
+        assert caller.deallocate_async(caller.allocate_async(MiB))
