@@ -298,10 +298,29 @@ def test_unsupported_operators_are_named_before_the_build(tmp_path, monkeypatch)
     text = str(caught.value)
     assert f"cannot take {path}" in text
     assert "Det (node 'the_det'): TensorRT does not have it" in text
-    assert "Unique (node 'the_unique', number 2): TensorRT does not have it" in text
+    assert "Unique (node 'the_unique', that makes 'v'): TensorRT does not have it" in text
     assert "Leave --engine out" in text
     assert not (tmp_path / "m.glake").exists()
     gi.convert(path, tmp_path / "m.glake", store=store)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nodes_without_a_name_are_named_by_what_they_make(tmp_path, inside):
+    """Not by a number: the model that TensorRT is given has more nodes, a head that is padded."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("NonZero", ["x"], ["n"])]
+    made = helper.make_tensor_value_info("n", TensorProto.INT64, [2, "k"])
+    if inside:
+        flag = tensor(np.array(True), "flag")
+        branches = [helper.make_graph(nodes[1:], name, [], [made]) for name in ("then", "else")]
+        nodes[1] = helper.make_node("If", ["flag"], ["i"], then_branch=branches[0], else_branch=branches[1])
+        made = helper.make_tensor_value_info("i", TensorProto.INT64, [2, "k"])
+    weights = [tensor(matrix(2, (32, 17)), "w"), *([flag] if inside else [])]
+    path = save(
+        model(nodes, [floats("x", (4, 32))], [floats("y", (4, 17)), made], weights), tmp_path / "m.onnx"
+    )
+    where = "in the If that makes 'i'" if inside else "that makes 'n'"
+    with pytest.raises(ModelError, match=rf"NonZero \(node {where}\): TensorRT does not have it\. "):
+        gi.convert(path, store=gi.Store(tmp_path / "store"), engine=RTX)
 
 
 def test_inputs_without_a_profile(tmp_path):
@@ -377,6 +396,14 @@ def test_a_builder_out_of_memory(monkeypatch, one, said):
     allocator = SimpleNamespace(take_error=lambda: refusal)
     options = gi.EngineOptions(kind=RTX, allocator=allocator)
     assert build._failed("m.onnx", [said], options) is refusal
+
+
+def test_a_workspace_that_is_too_small(tmp_path):
+    options = gi.EngineOptions(kind=RTX, workspace=0)
+    with pytest.raises(
+        InputError, match=r"with a workspace of 0 B: .*Give a larger --workspace, or leave it out"
+    ):
+        gi.convert(tiny(tmp_path / "m.onnx"), store=gi.Store(tmp_path / "store"), engine=options)
 
 
 # Progress and interrupts
