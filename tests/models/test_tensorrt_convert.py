@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from building import floats, matrix, model, save, tensor
+from building import floats, matrix, model, save, tensor, typed
 from onnx import TensorProto, helper
 
 import glake_infer as gi
@@ -302,6 +302,18 @@ def test_unsupported_operators_are_named_before_the_build(tmp_path, monkeypatch)
     assert "Leave --engine out" in text
     assert not (tmp_path / "m.glake").exists()
     gi.convert(path, tmp_path / "m.glake", store=store)
+
+
+@pytest.mark.parametrize("kind", ["INT16", "UINT16", "UINT32", "UINT64"])
+def test_weights_of_types_that_the_parser_would_misread(tmp_path, kind):
+    """It refuses them in the model, and takes those in files for floats."""
+    path = save(typed(getattr(TensorProto, kind)), tmp_path / "m.onnx")
+    options = gi.EngineOptions(kind=RTX, profiles=({"x": ((1, 32),) * 3},))
+    with pytest.raises(
+        ModelError, match=rf"cannot take .*m\.onnx: .* the weights 'w' \({kind.lower()}\)\. Leave --en"
+    ):
+        gi.convert(path, store=gi.Store(tmp_path / "store"), engine=options)
+    assert not (tmp_path / "m.glake").exists()
 
 
 @pytest.mark.parametrize("inside", [False, True])
