@@ -48,6 +48,7 @@ WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
 WORKSPACE = re.compile(r"workspace", re.I)
 
+NOT_MAPPED = "Failed to map file"
 SAYS_NOTHING = ("", "false")
 NO_PLUGIN = re.compile(r"Plugin not found|not found in plugin registry")
 
@@ -182,6 +183,12 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     logger.take_errors()
     if parser.parse(model, str(folder / "graph.onnx")):
         return
+    said = logger.take_errors()
+    if unmapped := [error for error in said if NOT_MAPPED in error]:
+        raise OutOfMemoryError.told(
+            f"TensorRT could not map the weights of {name} into its memory: {unmapped[0]}. Close what else holds memory of "
+            "this machine, or raise this process's limits (`ulimit -v unlimited`; `doctor` knows its max_map_count)."
+        )
     nodes_of = load_model_from_string(model).graph.node
     reasons: dict[tuple[str, str], list[str]] = {}
     for index in range(parser.num_errors):
@@ -203,7 +210,7 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     if len(lines) > MOST_REASONS:
         lines[MOST_REASONS:] = [f"and {len(lines) - MOST_REASONS} operators more"]
     raise ModelError(
-        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or logger.take_errors()[-3:])}. "
+        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or said[-3:])}. "
         "Leave --engine out: the package's ONNX graphs run it all the same. Or export the model without these operators."
     )
 

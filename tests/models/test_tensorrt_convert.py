@@ -410,6 +410,19 @@ def test_a_builder_out_of_memory(monkeypatch, one, said):
     assert build._failed("m.onnx", [said], options) is refusal
 
 
+def test_a_parser_without_room_for_the_weights(tmp_path):
+    """To it that is an initializer of no type that it has."""
+    said = [
+        "WeightsContextMemoryMap.cpp:140: Failed to map file to memory: /store/objects/62/62d2",
+        "In node -1",
+    ]
+    logger = SimpleNamespace(take_errors=lambda: said)
+    parser = SimpleNamespace(parse=lambda model, path: False)
+    trt = SimpleNamespace(OnnxParser=lambda network, logger: parser)
+    with pytest.raises(OutOfMemoryError, match=r"map the weights of m\.onnx .*62d2.*ulimit -v unlimited"):
+        build._parse(trt, None, logger, b"", tmp_path, "m.onnx")
+
+
 def test_a_workspace_that_is_too_small(tmp_path):
     options = gi.EngineOptions(kind=RTX, workspace=0)
     with pytest.raises(
