@@ -68,6 +68,12 @@ def storage_errors(what: str, where: Path) -> Iterator[None]:
                 f"Free some space (`glake-infer store gc` removes what no package needs), or point "
                 f"GLAKE_STORE or -o at another disk, and run the command again."
             ) from error
+        if error.errno == errno.EFBIG:
+            raise StoreError(
+                f"a file in {where} would be larger than this process or that file system allows, while {what}. Nothing was "
+                "left half-written. Raise the limit (`ulimit -f unlimited`), or point GLAKE_STORE or -o at a file system "
+                "that takes large files, and run the command again."
+            ) from error
         if error.errno in READ_ONLY:
             raise StoreError(
                 f"may not write to {where} while {what}: {error.strerror}. "

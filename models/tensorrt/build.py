@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx import NodeProto, load_model_from_string
+
 from glake_infer.allocators.errors import (
     DeviceNotFoundError,
     GlakeError,
@@ -20,6 +22,7 @@ from glake_infer.allocators.errors import (
     ModelError,
     OutOfMemoryError,
 )
+from glake_infer.allocators.sizes import format_bytes
 from glake_infer.digest import Buffer, digest_of
 from glake_infer.models.manifest import Shapes, Value
 from glake_infer.models.progress import Progress
@@ -43,8 +46,11 @@ OUT_OF_MEMORY = re.compile(
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
+WORKSPACE = re.compile(r"workspace", re.I)
+
+NOT_MAPPED = "Failed to map file"
 SAYS_NOTHING = ("", "false")
-NO_PLUGIN = "Plugin not found"
+NO_PLUGIN = re.compile(r"Plugin not found|not found in plugin registry")
 
 DTYPES = {
     "FLOAT": "float", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
@@ -177,27 +183,45 @@ def _parse(trt: types.ModuleType, network: Any, logger: Any, model: bytes, folde
     logger.take_errors()
     if parser.parse(model, str(folder / "graph.onnx")):
         return
+    said = logger.take_errors()
+    if unmapped := [error for error in said if NOT_MAPPED in error]:
+        raise OutOfMemoryError.told(
+            f"TensorRT could not map the weights of {name} into its memory: {unmapped[0]}. Close what else holds memory of "
+            "this machine, or raise this process's limits (`ulimit -v unlimited`; `doctor` knows its max_map_count)."
+        )
+    nodes_of = load_model_from_string(model).graph.node
     reasons: dict[tuple[str, str], list[str]] = {}
     for index in range(parser.num_errors):
         error = parser.get_error(index)
-        reason = error.desc().strip()
+        reason = error.desc().strip().rstrip(".")
         code = str(error.code()).rpartition(".")[2]
-        if reason in SAYS_NOTHING or NO_PLUGIN in reason:
-            reason = (
-                "TensorRT does not have it" if code == "UNSUPPORTED_NODE" or NO_PLUGIN in reason else code
-            )
-        node = repr(error.node_name()) if error.node_name() else f"number {error.node()}"
-        reasons.setdefault((error.node_operator() or "no operator", reason), []).append(node)
+        if reason in SAYS_NOTHING or NO_PLUGIN.search(reason):
+            unknown = code == "UNSUPPORTED_NODE" or NO_PLUGIN.search(reason)
+            reason = "TensorRT does not have it" if unknown else code
+        node = repr(error.node_name()) if error.node_name() else _place(nodes_of, error)
+        reasons.setdefault((error.node_operator(), reason), []).append(node)
     lines = []
     for (operator, reason), nodes in reasons.items():
         more = f" and {len(nodes) - MOST_NODES} more" if len(nodes) > MOST_NODES else ""
-        lines.append(f"{operator} (node {', '.join(nodes[:MOST_NODES])}{more}): {reason}")
+        what = (
+            f"{operator} (node {', '.join(nodes[:MOST_NODES])}{more})" if operator else "inputs and weights"
+        )
+        lines.append(f"{what}: {reason}")
     if len(lines) > MOST_REASONS:
         lines[MOST_REASONS:] = [f"and {len(lines) - MOST_REASONS} operators more"]
     raise ModelError(
-        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or logger.take_errors()[-3:])}. "
+        f"TensorRT {trt.__version__} cannot take {name}: {'; '.join(lines or said[-3:])}. "
         "Leave --engine out: the package's ONNX graphs run it all the same. Or export the model without these operators."
     )
+
+
+def _place(nodes: Sequence[NodeProto], error: Any) -> str:
+    """Where a node without a name is, by what it makes: numbers are those of the padded model."""
+    if not 0 <= error.node() < len(nodes):
+        return f"number {error.node()}"
+    node = nodes[error.node()]
+    inside = "" if node.op_type == error.node_operator() else f"in the {node.op_type} "  # of a body
+    return f"{inside}that makes {', '.join(repr(name) for name in node.output if name)}"
 
 
 def _configure(
@@ -258,6 +282,11 @@ def _failed(name: str, errors: list[str], options: EngineOptions) -> GlakeError:
         return OutOfMemoryError.told(
             f"TensorRT ran out of memory while it built {name}: {said}. Close what else holds memory of this machine or its "
             "GPU, lower --workspace, or give smaller shapes by --profile."
+        )
+    if options.workspace is not None and any(WORKSPACE.search(error) for error in errors):
+        return InputError(
+            f"TensorRT could not build {name} with a workspace of {format_bytes(options.workspace)}: {said}. Give a larger "
+            "--workspace, or leave it out."
         )
     return ModelError(
         f"TensorRT could not build {name}: {said}. Check the profiles' shapes, or leave --engine out: the package's ONNX "

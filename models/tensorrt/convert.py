@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, TensorProto, load_model_from_string
 
+from glake_infer.allocators.errors import ModelError
 from glake_infer.digest import digest_of
 from glake_infer.models.graph import external_entries, inline_bytes, is_external, scopes
 from glake_infer.models.manifest import Engine, Manifest, Value, Weight
@@ -18,6 +19,16 @@ from glake_infer.models.tensorrt.options import EMPTY_SYMBOLS, EngineOptions
 from glake_infer.models.tensorrt.plan import split, weights_section
 from glake_infer.models.tensorrt.search import STEP
 from glake_infer.store import Store
+
+MISREAD = frozenset(
+    (TensorProto.INT16, TensorProto.UINT16, TensorProto.UINT32, TensorProto.UINT64,
+     TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+)  # fmt: skip
+"""Types that TensorRT does not have. Of weights in files its parser does not refuse them: it takes the bytes for floats,
+and reads past their end."""
+
+MOST_NAMED = 3
+"""Weights that an error names."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ def make_engine(
     `split` do; the store may then have complete objects more, which the next gc removes.
     """
     model = load_model_from_string(graph)
+    _refuse_misread(model, name)
     _forget_empty_symbols(model)
     padded = pad_heads(model, lambda tensor: _bytes_of(tensor, store))
     notes = [str(head) for head in padded]
@@ -141,6 +153,22 @@ def _missing(built: BuiltPlan) -> int | None:
     section = weights_section(built.plan)
     size = section[1] if section is not None else built.weights_bytes
     return -(size // STEP * STEP) % ALIGNMENT if size else None
+
+
+def _refuse_misread(model: ModelProto, name: str) -> None:
+    found = [
+        f"{tensor.name!r} ({TensorProto.DataType.Name(tensor.data_type).lower()})"
+        for scope in scopes(model.graph)
+        for tensor in scope.initializer
+        if tensor.data_type in MISREAD
+    ]
+    if found:
+        more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+        raise ModelError(
+            f"TensorRT cannot take {name}: it does not have the types of the weights {', '.join(found[:MOST_NAMED])}{more}. "
+            "Leave --engine out: the package's ONNX graphs run it all the same. Or export the model with int32 or int64 in "
+            "their place."
+        )
 
 
 def _forget_empty_symbols(model: ModelProto) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -26,6 +27,9 @@ MOST_PADDED = 1 << 30
 
 MINIMUM_OPSET = 10
 """Since when Slice takes its ranges as tensors."""
+
+ZEROS_OPSET = 14
+"""Since when Reshape can make axes of size 0 anywhere."""
 
 FLOATS: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 FILLED: dict[int, int] = {**FLOATS, TensorProto.INT32: 4, TensorProto.INT64: 8}
@@ -73,20 +77,21 @@ def pad_heads(model: ModelProto, load: Load) -> list[Padded]:
 def fill(model: ModelProto, count: int) -> str | None:
     """Add a weight of `count` bytes (a multiple of 8), last in the order of layers; returns the output that carries it.
 
-    It is put behind an output's elements and sliced off again, which costs a copy of that output: the smallest one of a
-    known type. None, and no change, where there is no such output.
+    It is put behind an output's elements and sliced off again, which costs a copy of that output: the smallest one of
+    floats, or else of integers, which may be sizes that TensorRT computes on the host, without weights. None, and no
+    change, where there is no such output.
     """
     graph = model.graph
     candidates = [
-        (_elements(value.type.tensor_type.shape) or 1 << 62, number, value)
+        (kind not in FLOATS, _elements(value.type.tensor_type.shape) or 1 << 62, number, value)
         for number, value in enumerate(graph.output)
-        if value.type.tensor_type.elem_type in FILLED and value.type.tensor_type.HasField("shape")
+        if (kind := value.type.tensor_type.elem_type) in FILLED and value.type.tensor_type.HasField("shape")
     ]
     names = _Names(graph)
-    candidates = [c for c in candidates if c[2].name in names.maker]
+    candidates = [c for c in candidates if c[3].name in names.maker]
     if not candidates or _opset(model) < MINIMUM_OPSET or model.ir_version < 4:
         return None
-    output = min(candidates, key=lambda candidate: candidate[:2])[2]
+    output = min(candidates, key=lambda candidate: candidate[:3])[3]
     kind = output.type.tensor_type.elem_type
     made = names.fresh
     inner = made(f"{output.name}__unfilled")
@@ -109,6 +114,7 @@ def fill(model: ModelProto, count: int) -> str | None:
     shape, flat, longer, size, end, cut = (
         made(f"{output.name}__{part}") for part in ("shape", "flat", "longer", "size", "end", "cut")
     )
+    zeros: dict[str, Any] = {"allowzero": 1} if _opset(model) >= ZEROS_OPSET else {}
     graph.node.extend(
         [
             helper.make_node("Shape", [inner], [shape]),
@@ -117,7 +123,7 @@ def fill(model: ModelProto, count: int) -> str | None:
             helper.make_node("Size", [inner], [size]),
             helper.make_node("Reshape", [size, minus], [end]),
             helper.make_node("Slice", [longer, zero, end], [cut]),
-            helper.make_node("Reshape", [cut, shape], [output.name]),
+            helper.make_node("Reshape", [cut, shape], [output.name], **zeros),
         ]
     )
     return str(output.name)
@@ -232,6 +238,8 @@ def _pad(graph: GraphProto, names: _Names, node: NodeProto, load: Load) -> Padde
         if bias.dims and bias.dims[-1] == columns:  # one number for all columns stays
             added += (wanted - columns) * item
             _grow(bias, load, axis=len(bias.dims) - 1, by=wanted - columns)
+    if last is not node:
+        _forget(graph, node.output[0])
     _slice_off(graph, names, last, columns)
     return Padded(weight.name, columns, wanted, added)
 
@@ -266,6 +274,13 @@ def _grow(tensor: TensorProto, load: Load, *, axis: int, by: int) -> None:
     grown = numpy_helper.from_array(np.pad(array, widths), tensor.name)
     grown.data_type = tensor.data_type
     tensor.CopyFrom(grown)
+
+
+def _forget(graph: GraphProto, value: str) -> None:
+    """Drop what the model says of an inner value's shape, which is another one now."""
+    for number in reversed(range(len(graph.value_info))):
+        if graph.value_info[number].name == value:
+            del graph.value_info[number]
 
 
 def _slice_off(graph: GraphProto, names: _Names, node: NodeProto, columns: int) -> None:

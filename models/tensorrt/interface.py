@@ -147,7 +147,8 @@ class Interface:
 
         wrong = [tensor for tensor in self.inputs if fits_none(tensor)]
         told = []
-        for tensor in wrong or [t for t in self.inputs if t.dynamic or t.values]:
+        blamed = wrong or [t for t in self.inputs if t.dynamic or t.values]
+        for tensor in blamed:
             spans = tensor.shapes if tensor.dynamic else tensor.values
             takes = "; ".join(f"profile {p}: {span}" for p, span in enumerate(spans) if span is not None)
             fed = (
@@ -157,10 +158,9 @@ class Interface:
             )
             told.append(f"the input {tensor.value} was fed {fed}, and the engine takes {takes}")
         which = "" if wrong else " Each fits a profile, but no profile fits them all."
-        name = (wrong or [t for t in self.inputs if t.dynamic])[0].name
         return InputError(
             f"{'; '.join(told)}.{which} Feed what a profile takes, convert the model again with a wider one (--profile "
-            f"{name}=MIN:OPT:MAX), or load it with engine='onnxruntime'."
+            f"{blamed[0].name}=MIN:OPT:MAX), or load it with engine='onnxruntime'."
         )
 
 

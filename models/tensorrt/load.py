@@ -124,7 +124,7 @@ def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettin
 
 def _check_fit(package: Package, entry: Engine, runtime: EngineRuntime) -> None:
     """Raise PackageError for an engine of another version or GPU."""
-    again = f"convert {package.manifest.source.name} again with --engine {entry.kind} on this machine"
+    again = _again(package, entry, runtime.device.capability)
     else_ = "or load it with engine='onnxruntime'"
     if entry.version != runtime.version:
         raise PackageError(
@@ -140,6 +140,14 @@ def _check_fit(package: Package, entry: Engine, runtime: EngineRuntime) -> None:
             f"{', '.join(entry.capabilities) or 'none'}{cards}, and {runtime.device.title} has "
             f"{runtime.device.capability}. To run it here {again}, {else_}."
         )
+
+
+def _again(package: Package, entry: Engine, capability: str) -> str:
+    """What to convert with for a GPU: TensorRT-RTX builds for the cards that are named, TensorRT for the one at hand."""
+    kinds = kinds_for(capability)
+    kind = entry.kind if entry.kind in kinds or not kinds else kinds[0]
+    where = f"--card {capability}" if kind == "tensorrt-rtx" else "on this machine"
+    return f"convert {package.manifest.source.name} again with --engine {kind} {where}"
 
 
 def _check_validity(package: Package, plan: Plan, runtime: EngineRuntime) -> Iterator[str]:

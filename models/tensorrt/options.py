@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +23,9 @@ EMPTY_SYMBOLS = ("?", "unk", "None", "")
 
 EXAMPLE_SIZES = (1, 8, 64)
 MOST_AXES = 8
+MOST_SIZE = (1 << 31) - 1
+MOST_BYTES = 1 << 62
+CAPABILITY = re.compile(r"[1-9][0-9]?\.[0-9]", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +47,39 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        if self.workspace is not None and self.workspace < 0:
-            raise InputError(f"workspace={self.workspace} must not be negative: expected bytes, or None.")
+        if self.workspace is not None and not (
+            isinstance(self.workspace, int) and 0 <= self.workspace <= MOST_BYTES
+        ):
+            raise InputError(
+                f"workspace={self.workspace!r} is no number of bytes: expected an integer from 0 to {MOST_BYTES}, or None "
+                "for all that there is."
+            )
+        if isinstance(self.capabilities, str) or not all(map(_is_capability, self.capabilities)):
+            raise InputError(
+                f"capabilities={self.capabilities!r} are no compute capabilities: expected a tuple of texts such as '8.9'."
+            )
+        if isinstance(self.profiles, Mapping) or not all(map(_is_profile, self.profiles)):
+            raise InputError(
+                f"profiles={self.profiles!r} cannot be read: expected a tuple of dictionaries, each with the smallest, the "
+                "usual and the largest shape of inputs in integers, such as ({'ids': ((1, 8), (1, 128), (8, 512))},)."
+            )
+
+
+def _is_capability(text: object) -> bool:
+    return isinstance(text, str) and CAPABILITY.fullmatch(text) is not None
+
+
+def _is_profile(profile: object) -> bool:
+    """Whether it has three shapes for each of its inputs."""
+    try:
+        return isinstance(profile, Mapping) and all(
+            isinstance(name, str)
+            and len(shapes) == 3
+            and all(abs(operator.index(axis)) <= MOST_SIZE for shape in shapes for axis in shape)
+            for name, shapes in profile.items()
+        )
+    except TypeError:  # something that has no axes, or an axis that is no integer
+        return False
 
 
 def parse_profiles(texts: Iterable[str]) -> tuple[Profile, ...]:
@@ -75,11 +112,10 @@ def parse_cards(texts: Iterable[str]) -> tuple[str, ...]:
     found = []
     for text in texts:
         name = text.lower().removeprefix("rtx").strip(" -")
-        major, dot, minor = name.partition(".")
         if name in CARDS:
             found.append(CARDS[name])
-        elif dot and major.isdecimal() and minor.isdecimal():
-            found.append(f"{int(major)}.{int(minor)}")
+        elif CAPABILITY.fullmatch(name):
+            found.append(name)
         else:
             raise InputError(
                 f"--card {text!r} is not known: expected one of {', '.join(CARDS)}, or a compute capability "
@@ -102,7 +138,7 @@ def complete_profiles(
         v for v in inputs if v.name in fed or v.shape is None or any(not isinstance(a, int) for a in v.shape)
     ]
     if open_ones and not profiles:
-        raise _missing(open_ones, "no optimization profile was given")
+        raise _missing(open_ones, fed, "no optimization profile was given")
     return tuple(
         _complete(number, profile, values, open_ones, fed) for number, profile in enumerate(profiles, start=1)
     )
@@ -147,7 +183,7 @@ def _complete(
                 min=tuple(r[0] for r in rows), opt=tuple(r[1] for r in rows), max=tuple(r[2] for r in rows)
             )
     if lacking := [value for value in open_ones if value.name not in made]:
-        raise _missing(lacking, f"profile {number} does not say their shapes")
+        raise _missing(lacking, fed, f"profile {number} does not say their shapes")
     dynamic = {value.name for value in open_ones}
     return {name: made[name] for name in values if name in made and name in dynamic}
 
@@ -161,7 +197,18 @@ def _check(value: Value, minimum: Shape, usual: Shape, maximum: Shape, *, is_sha
             f"the profile of the input {value.name!r}, {given}, is not in order: expected the smallest, the usual and "
             "the largest shape."
         )
-    if value.shape is None or is_shape:
+    if is_shape:
+        if len(minimum) != (elements := _elements(value)):
+            raise InputError(
+                f"the profile {given} does not fit the input {value}: TensorRT reads shapes from its values, and expects "
+                f"the smallest, the usual and the largest of its {elements} values, not its shape."
+            )
+        return
+    if min(minimum, default=0) < 0:
+        raise InputError(
+            f"the profile of the input {value.name!r}, {given}, has a negative size: expected 0 or more."
+        )
+    if value.shape is None:
         return
     fits = len(minimum) == len(value.shape) and all(
         not isinstance(axis, int) or (low == axis == high)
@@ -174,20 +221,27 @@ def _check(value: Value, minimum: Shape, usual: Shape, maximum: Shape, *, is_sha
         )
 
 
-def _missing(values: list[Value], why: str) -> InputError:
+def _missing(values: list[Value], fed: set[str], why: str) -> InputError:
     named = ", ".join(str(value) for value in values)
     options = []
     for value in values:
-        shapes = [
-            _axes(axis if isinstance(axis, int) else size for axis in value.shape or (None,))
-            for size in EXAMPLE_SIZES
-        ]
+        axes: Iterable[int | str | None] = value.shape or (None,)
+        if value.name in fed:
+            axes = [None] * _elements(value)
+        shapes = [_axes(axis if isinstance(axis, int) else size for axis in axes) for size in EXAMPLE_SIZES]
         option = f"{value.name}={':'.join(shapes)}"
         options.append(f"--profile '{option}'" if " " in option else f"--profile {option}")
+    read = [repr(value.name) for value in values if value.name in fed]
     return InputError(
         f"inputs of the model have shapes that are not fixed, and {why}: {named}. TensorRT needs the smallest, the usual "
         f"and the largest shape of each, for example {' '.join(options)} (inputs with the same symbols may be left out)."
+        + (f" Of {', '.join(read)}, whose values are sizes, it needs the values." if read else "")
     )
+
+
+def _elements(value: Value) -> int:
+    """Of an input that TensorRT reads shapes from; they have no axes that are not fixed."""
+    return math.prod(axis if isinstance(axis, int) else 1 for axis in value.shape or ())
 
 
 def _axes(shape: Iterable[int]) -> str:

@@ -133,6 +133,7 @@ def test_refusals_of_the_system_get_words(tmp_path):
     for number, kind in [
         (errno.ENOSPC, StorageFullError),
         (errno.EDQUOT, StorageFullError),
+        (errno.EFBIG, StoreError),
         (errno.EACCES, StoreError),
         (errno.EROFS, StoreError),
         (errno.EPERM, StoreError),

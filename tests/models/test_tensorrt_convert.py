@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from building import floats, matrix, model, save, tensor
+from building import floats, matrix, model, save, tensor, typed
 from onnx import TensorProto, helper
 
 import glake_infer as gi
@@ -298,10 +298,41 @@ def test_unsupported_operators_are_named_before_the_build(tmp_path, monkeypatch)
     text = str(caught.value)
     assert f"cannot take {path}" in text
     assert "Det (node 'the_det'): TensorRT does not have it" in text
-    assert "Unique (node 'the_unique', number 2): TensorRT does not have it" in text
+    assert "Unique (node 'the_unique', that makes 'v'): TensorRT does not have it" in text
     assert "Leave --engine out" in text
     assert not (tmp_path / "m.glake").exists()
     gi.convert(path, tmp_path / "m.glake", store=store)
+
+
+@pytest.mark.parametrize("kind", ["INT16", "UINT16", "UINT32", "UINT64"])
+def test_weights_of_types_that_the_parser_would_misread(tmp_path, kind):
+    """It refuses them in the model, and takes those in files for floats."""
+    path = save(typed(getattr(TensorProto, kind)), tmp_path / "m.onnx")
+    options = gi.EngineOptions(kind=RTX, profiles=({"x": ((1, 32),) * 3},))
+    with pytest.raises(
+        ModelError, match=rf"cannot take .*m\.onnx: .* the weights 'w' \({kind.lower()}\)\. Leave --en"
+    ):
+        gi.convert(path, store=gi.Store(tmp_path / "store"), engine=options)
+    assert not (tmp_path / "m.glake").exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nodes_without_a_name_are_named_by_what_they_make(tmp_path, inside):
+    """Not by a number: the model that TensorRT is given has more nodes, a head that is padded."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), helper.make_node("NonZero", ["x"], ["n"])]
+    made = helper.make_tensor_value_info("n", TensorProto.INT64, [2, "k"])
+    if inside:
+        flag = tensor(np.array(True), "flag")
+        branches = [helper.make_graph(nodes[1:], name, [], [made]) for name in ("then", "else")]
+        nodes[1] = helper.make_node("If", ["flag"], ["i"], then_branch=branches[0], else_branch=branches[1])
+        made = helper.make_tensor_value_info("i", TensorProto.INT64, [2, "k"])
+    weights = [tensor(matrix(2, (32, 17)), "w"), *([flag] if inside else [])]
+    path = save(
+        model(nodes, [floats("x", (4, 32))], [floats("y", (4, 17)), made], weights), tmp_path / "m.onnx"
+    )
+    where = "in the If that makes 'i'" if inside else "that makes 'n'"
+    with pytest.raises(ModelError, match=rf"NonZero \(node {where}\): TensorRT does not have it\. "):
+        gi.convert(path, store=gi.Store(tmp_path / "store"), engine=RTX)
 
 
 def test_inputs_without_a_profile(tmp_path):
@@ -377,6 +408,27 @@ def test_a_builder_out_of_memory(monkeypatch, one, said):
     allocator = SimpleNamespace(take_error=lambda: refusal)
     options = gi.EngineOptions(kind=RTX, allocator=allocator)
     assert build._failed("m.onnx", [said], options) is refusal
+
+
+def test_a_parser_without_room_for_the_weights(tmp_path):
+    """To it that is an initializer of no type that it has."""
+    said = [
+        "WeightsContextMemoryMap.cpp:140: Failed to map file to memory: /store/objects/62/62d2",
+        "In node -1",
+    ]
+    logger = SimpleNamespace(take_errors=lambda: said)
+    parser = SimpleNamespace(parse=lambda model, path: False)
+    trt = SimpleNamespace(OnnxParser=lambda network, logger: parser)
+    with pytest.raises(OutOfMemoryError, match=r"map the weights of m\.onnx .*62d2.*ulimit -v unlimited"):
+        build._parse(trt, None, logger, b"", tmp_path, "m.onnx")
+
+
+def test_a_workspace_that_is_too_small(tmp_path):
+    options = gi.EngineOptions(kind=RTX, workspace=0)
+    with pytest.raises(
+        InputError, match=r"with a workspace of 0 B: .*Give a larger --workspace, or leave it out"
+    ):
+        gi.convert(tiny(tmp_path / "m.onnx"), store=gi.Store(tmp_path / "store"), engine=options)
 
 
 # Progress and interrupts

@@ -182,6 +182,33 @@ def test_fill_prefers_the_smallest_output_and_follows_inner_uses():
     same(run_plain(proto, {"x": X}), run_plain(made, {"x": X}))
 
 
+def test_what_is_said_of_a_product_that_grows_is_forgotten():
+    proto = copy(HEADS["matmul-add"])
+    proto.graph.value_info.append(floats("p", ("n", 17)))
+    made, found = padded(proto)
+    assert found == [("w", 17, 128)]
+    assert not made.graph.value_info
+
+
+def test_fill_takes_an_output_that_is_empty():
+    """Whichever of its axes has no size."""
+    proto = head(
+        node("Slice", ["x", "from", "to", "axis"], "y"),
+        weights={"from": np.array([0]), "to": np.array([0]), "axis": np.array([1])},
+    )
+    proto.graph.output[0].CopyFrom(floats("y", ("n", "m")))
+    made = copy(proto)
+    assert fill(made, 128) == "y"
+    same(run_plain(proto, {"x": X}), run_plain(made, {"x": X}))
+
+
+def test_fill_takes_sizes_last():
+    """TensorRT computes them on the host: they carry no weights."""
+    proto = head(node("Relu", ["x"], "y"), node("Shape", ["x"], "s"), weights={})
+    proto.graph.output.append(helper.make_tensor_value_info("s", TensorProto.INT64, [2]))
+    assert fill(proto, 128) == "y"
+
+
 def test_fill_needs_an_output_that_can_carry_it():
     for proto in (
         head(node("Cast", ["x"], "y", to=TensorProto.BOOL), weights={}),

@@ -1,5 +1,6 @@
 """Profiles and cards as users write them."""
 
+import numpy as np
 import pytest
 
 from glake_infer.allocators.errors import InputError
@@ -32,7 +33,7 @@ def test_profiles_that_cannot_be_read(text):
 
 def test_cards():
     assert parse_cards(["a10", "L4", "3090", "RTX4090", "8.6", "12.0"]) == ("8.6", "8.9", "12.0")
-    for text in ("h100", "", "8", "8.x", "."):
+    for text in ("h100", "", "8", "8.x", ".", "1.20"):
         with pytest.raises(
             InputError, match=r"is not known: expected one of a10, 3090, l4, 4090, or a compute"
         ):
@@ -42,8 +43,23 @@ def test_cards():
 def test_options_are_checked():
     with pytest.raises(InputError, match="'openvino' is no engine"):
         EngineOptions(kind="openvino")
-    with pytest.raises(InputError, match="workspace=-1 must not be negative"):
+    with pytest.raises(InputError, match="workspace=-1 is no number of bytes"):
         EngineOptions(kind="tensorrt", workspace=-1)
+    for workspace in ("1GiB", 1.5, 1 << 66):
+        with pytest.raises(InputError, match="is no number of bytes"):
+            EngineOptions(kind="tensorrt", workspace=workspace)
+    for capabilities in ("8.6", ("86",), ("1.20",), (8.6,), ("8.6", "")):
+        with pytest.raises(
+            InputError, match=r"are no compute capabilities: expected a tuple of texts such as '8\.9'"
+        ):
+            EngineOptions(kind="tensorrt", capabilities=capabilities)
+    for profiles in (
+        {"x": ((1,), (2,), (3,))}, ("x",), ({"x": (1, 2, 3)},), ({"x": ((1,), (2,))},), ({1: ((1,), (2,), (3,))},),
+        ({"x": ((1.5,),) * 3},), ({"x": (("1",),) * 3},), ({"x": ((1 << 40,),) * 3},),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="cannot be read: expected a tuple of dictionaries"):
+            EngineOptions(kind="tensorrt", profiles=profiles)
+    EngineOptions(kind="tensorrt", profiles=[{"x": (np.array([1]), [np.int64(2)], (3,))}])
 
 
 def shapes(minimum, usual, maximum):
@@ -69,8 +85,13 @@ def test_shape_tensors_have_values():
     value = Value(name="size", dtype="int64", shape=(2,))
     found = complete_profiles([{"size": ((1, 1), (64, 64), (512, 512))}], [value], ["size"])
     assert found == ({"size": shapes((1, 1), (64, 64), (512, 512))},)
-    with pytest.raises(InputError, match="size"):
+    with pytest.raises(InputError, match=r"--profile size=1x1:8x8:64x64 .*Of 'size', .* it needs the values"):
         complete_profiles([], [value], ["size"])
+    with pytest.raises(
+        InputError, match="expects the smallest, the usual and the largest of its 2 values, not its"
+    ):
+        complete_profiles([{"size": ((2,), (2,), (2,))}], [value], ["size"])
+    assert complete_profiles([{"size": ((-1, 1), (-1, 1), (-1, 1))}], [value], ["size"])  # as Reshape has it
 
 
 def test_inputs_without_a_profile_are_named_with_the_option_to_give():
@@ -94,6 +115,7 @@ def test_inputs_without_a_profile_are_named_with_the_option_to_give():
         ({"ids": ((1, 8), (1, 8, 1), (1, 8))}, "different ranks"),
         ({"ids": ((2, 8), (1, 8), (4, 8))}, r"2x8:1x8:4x8, is not in order"),
         ({"ids": ((1, 8), (1, 9), (4, 8))}, "is not in order"),
+        ({"ids": ((-1, 8), (1, 8), (4, 8))}, "has a negative size"),
         ({"ids": ((1,), (1,), (1,))}, "does not fit the input ids.*expected 2 axes"),
         ({"image": ((1, 1, 8, 8), (1, 3, 8, 8), (1, 3, 8, 8))}, "does not fit the input image"),
         (

@@ -9,6 +9,7 @@ import standin_tensorrt as standin
 from engine_packages import check, linear, package, rows, small_graph
 
 import glake_infer as gi
+from glake_infer.models.tensorrt.device import HostDevice
 from glake_infer.models.tensorrt.load import EngineSettings, load_engine
 from glake_infer.models.tensorrt.plan import Plan
 
@@ -40,7 +41,10 @@ def test_what_was_compiled_is_kept_and_taken_again(tmp_path, store, load, weight
             {"version": "1.6.0.1"},
             r"built by version 1.6.0.1, and 1.7.1.116 is installed.*pip install tensorrt-rtx==1.6.0.1",
         ),
-        ({"capabilities": ("8.9",)}, r"capability 8.9 \(l4, 4090\), and memory of the host.* has 8.6"),
+        (
+            {"capabilities": ("8.9",)},
+            r"capability 8.9 \(l4, 4090\), and memory of the host.* has 8.6.*again with --engine tensorrt-rtx --card 8.6,",
+        ),
     ],
 )
 def test_an_engine_of_another_version_or_gpu_is_refused_before_it_is_read(
@@ -53,6 +57,21 @@ def test_an_engine_of_another_version_or_gpu_is_refused_before_it_is_read(
     with store.using(), pytest.raises(gi.PackageError, match=says) as caught:
         load_engine(opened, pool, "tensorrt-rtx", EngineSettings())
     assert "engine='onnxruntime'" in str(caught.value)
+    assert pool.stats().active == 0
+
+
+def test_an_engine_for_another_gpu_says_what_builds_one_for_this(
+    tmp_path, store, load, weights, pool, monkeypatch
+):
+    """Without --card it would be for the same GPUs again."""
+    path = linear(tmp_path, store, weights)
+    for capability, says in [
+        ("12.0", "again with --engine tensorrt-rtx --card 12.0, or"),
+        ("9.0", "again with --engine tensorrt on this machine, or"),  # TensorRT-RTX does not serve it
+    ]:
+        monkeypatch.setattr(HostDevice, "capability", capability)
+        with pytest.raises(gi.PackageError, match=says):
+            load(path)
     assert pool.stats().active == 0
 
 

@@ -179,6 +179,22 @@ def test_shape_tensors_are_read_on_the_host(tmp_path, store, load):
         model.run({"x": x, "sizes": [5, 1]})
 
 
+def test_values_of_which_each_fits_another_profile(tmp_path, store, load):
+    graph = small_graph(
+        {"x": ("float", [4]), "sizes": ("int64", [2]), "b": ("int64", [2])}, {"y": ("float", ["a"])}
+    )
+    tensors = [
+        standin.tensor("x", "FLOAT", (4,)), standin.tensor("sizes", "INT64", (2,), host=True),
+        standin.tensor("b", "INT64", (2,), host=True), standin.tensor("y", "FLOAT", (-1, -1), mode="OUTPUT"),
+    ]  # fmt: skip
+    small, large = [(1, 1), (2, 2), (4, 4)], [(5, 5), (6, 6), (8, 8)]
+    profiles = [{f"values of {name}": shapes for name in ("sizes", "b")} for shapes in (small, large)]
+    model = load(package(tmp_path, store, graph, standin.plan("resize", tensors, {}, profiles=profiles)))
+    feeds = {"x": np.ones(4, np.float32), "sizes": [1, 1], "b": [5, 5]}
+    with pytest.raises(gi.InputError, match=r"no profile fits them all\. Feed .*--profile sizes=MIN:OPT:MAX"):
+        model.run(feeds)
+
+
 def test_an_output_in_an_inputs_memory_leaves_the_callers_array_alone(tmp_path, store, load, pool):
     graph = small_graph({"cache": ("float", ["n"]), "x": ("float", ["n"])}, {"updated": ("float", ["n"])})
     tensors = [
