@@ -17,16 +17,8 @@ from typing import Protocol
 
 from glake_infer.allocators.errors import DriverError, InputError
 from glake_infer.allocators.pool import Pool
-from glake_infer.engine_weights import (
-    THREADS,
-    Block,
-    BlockHolding,
-    EngineWeights,
-    PlanBytes,
-    Stretch,
-    key_of,
-    sizes_of,
-)
+from glake_infer.engine_weights import THREADS, Block, BlockHolding, EngineWeights, key_of, sizes_of
+from glake_infer.plan_bytes import PlanBytes, Stretch
 from glake_infer.residency import Region
 
 

@@ -9,7 +9,7 @@ from trampoline import Trampoline
 
 from glake_infer.checking import File
 from glake_infer.digest import digest_of
-from glake_infer.engine_weights import TRAILER, Stretch
+from glake_infer.plan_bytes import TRAILER, Stretch
 
 
 class Plan:

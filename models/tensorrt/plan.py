@@ -25,8 +25,8 @@ from glake_infer.models.tensorrt.search import STEP, Bytes, Needle, Place, Weave
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
-    from glake_infer.engine_weights import Stretch
     from glake_infer.models.package import Package
+    from glake_infer.plan_bytes import Stretch
 
 MINIMUM_CUT = 64 << 10
 """Smaller stretches that are in no weight are kept together, in one object of the engine."""
@@ -278,7 +278,7 @@ class Plan:
         Woven bytes are one stretch of rows for each strand.
         """
         from glake_infer.checking import File
-        from glake_infer.engine_weights import Stretch
+        from glake_infer.plan_bytes import Stretch
 
         store = self.package.store
         sizes = self.package.manifest.distinct

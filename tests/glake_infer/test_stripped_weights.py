@@ -9,7 +9,8 @@ from engines import Engine, Plan, random_weights
 
 import glake_infer as gi
 from glake_infer.checking import AlteredObjectError
-from glake_infer.engine_weights import EngineWeights, Stretch
+from glake_infer.engine_weights import EngineWeights
+from glake_infer.plan_bytes import Stretch
 from glake_infer.residency import Residency
 from glake_infer.stripped_weights import StrippedWeights
 
