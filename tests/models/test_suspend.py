@@ -103,6 +103,7 @@ def test_a_sleeping_model_gives_its_memory_back_and_answers_as_before(workshop, 
     assert model.memory == gi.ModelMemory(0, 0, 0)
 
 
+@pytest.mark.clock
 def test_the_operating_system_sees_the_memory_go(workshop):
     """Also what ONNX Runtime has mapped by itself: prepacked weights."""
     spec = zoo.spec("bert-mini")
