@@ -152,24 +152,14 @@ class TensorRTAllocator:
     @contextlib.contextmanager
     def tagged(self, tag: EngineTag) -> Iterator[None]:
         """Name what this thread's requests inside the block are for; outside they count as "context"."""
-        here = self._state.here
-        before, here.tag = here.tag, tag
-        try:
+        with self._here("tag", tag):
             yield
-        finally:
-            here.tag = before
-            self._interrupt()
 
     @contextlib.contextmanager
     def blocks_from(self, source: BlockSource) -> Iterator[None]:
         """Let `source` serve this thread's requests inside the block, but for those that are to be resized."""
-        here = self._state.here
-        before, here.source = here.source, source
-        try:
+        with self._here("source", source):
             yield
-        finally:
-            here.source = before
-            self._interrupt()
 
     def take_error(self) -> GlakeError | None:
         """Return why this thread's last refused request was refused, and forget it; None if there is none."""
@@ -235,6 +225,18 @@ class TensorRTAllocator:
         return self.deallocate_async(memory, 0)
 
     # How.
+
+    @contextlib.contextmanager
+    def _here(self, name: str, value: object) -> Iterator[None]:
+        """Set what this thread's requests go by, for a `with` block."""
+        here = self._state.here
+        before = getattr(here, name)
+        setattr(here, name, value)
+        try:
+            yield
+        finally:
+            setattr(here, name, before)
+            self._interrupt()
 
     def _interrupt(self) -> None:
         """Raise what interrupted a request of this thread's: it could not go through TensorRT."""
