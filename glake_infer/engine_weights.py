@@ -204,6 +204,25 @@ class EngineWeights:
         if not self.chunk_of(key):
             self._known[key] = chunk
 
+    def enter(
+        self,
+        region: Region,
+        keys: Sequence[str],
+        spans: Sequence[tuple[int, int]],
+        user: int,
+        addresses: dict[str, int],
+    ) -> None:
+        """Let the table know of a region's chunks, each with its key and (address, bytes), and count one use of each.
+
+        `addresses` gets the address of each by its name in the table. Under the table's lock.
+        """
+        for chunk, key, (address, size) in zip(region.chunks, keys, spans, strict=True):
+            self.remember(key, chunk)
+            digest = self._table.enter_chunk(key, region, chunk, address, size)
+            if digest not in addresses:
+                self._table.refer(digest, user)
+            addresses[digest] = address
+
     def forget_gone(self) -> None:
         """Forget what no chunk holds any more. Under the table's lock."""
         self._known = {key: chunk for key, chunk in self._known.items() if self.chunk_of(key)}
@@ -463,15 +482,9 @@ class Loading:
             region = block.region
             self._reserved += sum(s for c, s in zip(region.chunks, region.sizes, strict=True) if c in own)
             self._sharable += self._elsewhere(block)
-            for chunk, key, sure, span in zip(region.chunks, keys, known, block.spans(), strict=True):
-                weights.remember(key, chunk)
-                digest = table.enter_chunk(key, region, chunk, *span[:2])
-                if digest not in addresses:
-                    table.refer(digest, self._user)
-                addresses[digest] = span[0]
-                chunks.append(chunk)
-                if not sure:
-                    unknown.append(chunk)
+            weights.enter(region, keys, [span[:2] for span in block.spans()], self._user, addresses)
+            chunks += region.chunks
+            unknown += [chunk for chunk, sure in zip(region.chunks, known, strict=True) if not sure]
         chunks = list(dict.fromkeys(chunks))
         number = native.add_user(chunks, False, self._priority)
         holding = BlockHolding(

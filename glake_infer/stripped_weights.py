@@ -103,13 +103,9 @@ class StrippedWeights:
             )
             user_number = native.add_user(list(dict.fromkeys(chunks)), False, priority)
             addresses: dict[str, int] = {}
-            for chunk, key, start, each in zip(chunks, keys, starts, sizes, strict=True):
+            for chunk, start, each in zip(chunks, starts, sizes, strict=True):
                 region.parts[chunk] = data.parts(start, each, address + start)
-                digest = table.enter_chunk(key, region, chunk, address + start, each)
-                if digest not in addresses:
-                    table.refer(digest, user)
-                addresses[digest] = address + start
-                weights.remember(key, chunk)
+            weights.enter(region, keys, list(zip(region.starts, sizes, strict=True)), user, addresses)
             region.files.update({stretch.file.path.name: stretch.file for stretch in source})
             self.holding = BlockHolding(
                 table, native, user_number, user, addresses, tuple(dict.fromkeys(chunks)), "store", priority
