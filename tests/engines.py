@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 import numpy as np
 from trampoline import Trampoline
 
+import glake_infer as gi
 from glake_infer.checking import File
 from glake_infer.digest import digest_of
 from glake_infer.plan_bytes import TRAILER, Stretch
+from glake_infer.residency import Residency
+
+
+@contextlib.contextmanager
+def engine_pool():
+    """A pool on the host, of whose memory nothing is left at the end."""
+    with gi.Pool("cpu", "256MiB") as pool:
+        yield pool
+        Residency.settle(pool)
+        pool.check_invariants()
+        pool.trim()
+        assert (pool.stats().active, pool.stats().reserved) == (0, 0)
 
 
 class Plan:

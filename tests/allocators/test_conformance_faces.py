@@ -90,7 +90,25 @@ class OrtStreamFace(OrtFace):
         return _native.ort_allocate(size, stream=stream)
 
 
-class TorchFace(Allocator):
+class OfPool(Allocator):
+    """What the suite asks of the pool behind a face."""
+
+    pool: Pool
+
+    def stats(self):
+        return self.pool._open().stats()
+
+    def set_limit(self, limit):
+        self.pool.limit = limit
+
+    def trim(self):
+        return self.pool.trim()
+
+    def check_invariants(self):
+        self.pool.check_invariants()
+
+
+class TorchFace(OfPool):
     """The C functions that PyTorch calls (torch_face.hpp); null is how the one for a MemPool refuses."""
 
     streams = (0x100000, 0x200000, 0x300000)
@@ -123,20 +141,8 @@ class TorchFace(Allocator):
         self.deallocate(address)
         return "PyTorch freed memory that the pool did not take back" in self._capture.readouterr().err
 
-    def stats(self):
-        return self.pool._open().stats()
 
-    def set_limit(self, limit):
-        self.pool.limit = limit
-
-    def trim(self):
-        return self.pool.trim()
-
-    def check_invariants(self):
-        self.pool.check_invariants()
-
-
-class TensorRTFace(Allocator):
+class TensorRTFace(OfPool):
     """The virtual methods that TensorRT calls (tests/trampoline.py); 0 is how they refuse."""
 
     streams = (0x100000, 0x200000, 0x300000)
@@ -161,18 +167,6 @@ class TensorRTFace(Allocator):
 
     def refuses(self, address):
         return not self._caller.deallocate_async(address, self.streams[0])
-
-    def stats(self):
-        return self.pool._open().stats()
-
-    def set_limit(self, limit):
-        self.pool.limit = limit
-
-    def trim(self):
-        return self.pool.trim()
-
-    def check_invariants(self):
-        self.pool.check_invariants()
 
 
 class TestPythonPool(AllocatorConformance):

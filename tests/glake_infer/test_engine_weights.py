@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from engines import Engine, Plan, random_weights
+from engines import Engine, Plan, engine_pool, random_weights
 
 import glake_infer as gi
 from glake_infer.checking import AlteredObjectError
@@ -21,11 +21,8 @@ KiB, MiB = 1 << 10, 1 << 20
 
 @pytest.fixture
 def pool():
-    with gi.Pool("cpu", "256MiB") as pool:
+    with engine_pool() as pool:
         yield pool
-        Residency.settle(pool)
-        pool.check_invariants()
-        assert pool.stats().active == 0
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import threading
 import weakref
 
 import pytest
-from engines import Engine, Plan, random_weights
+from engines import Engine, Plan, engine_pool, random_weights
 
 import glake_infer as gi
 from glake_infer import engine_weights
@@ -25,12 +25,8 @@ WEIGHTS = random_weights(1, *[256 * KiB + 128 * k for k in range(8)])
 
 @pytest.fixture
 def pool():
-    with gi.Pool("cpu", "256MiB") as pool:
+    with engine_pool() as pool:
         yield pool
-        Residency.settle(pool)
-        pool.check_invariants()
-        pool.trim()
-        assert (pool.stats().active, pool.stats().reserved) == (0, 0)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ctypes
 
 import pytest
-from engines import Engine, Plan, random_weights
+from engines import Engine, Plan, engine_pool, random_weights
 
 import glake_infer as gi
 from glake_infer.checking import AlteredObjectError
 from glake_infer.engine_weights import EngineWeights
 from glake_infer.plan_bytes import Stretch
-from glake_infer.residency import Residency
 from glake_infer.stripped_weights import StrippedWeights
 
 tensorrt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
@@ -64,11 +63,8 @@ class Manager:
 
 @pytest.fixture
 def pool():
-    with gi.Pool("cpu", "256MiB") as pool:
+    with engine_pool() as pool:
         yield pool
-        Residency.settle(pool)
-        pool.check_invariants()
-        assert pool.stats().active == 0
 
 
 @pytest.fixture
