@@ -10,7 +10,7 @@ pytest.importorskip("cupy")
 import kernels
 from conformance import LIMIT, AllocatorConformance, KiB, MiB
 from ort_c_api import Stream, Struct
-from test_conformance_faces import PythonPool, TensorRTFace, TorchFace
+from test_conformance_faces import OfPool, PythonPool, TensorRTFace, TorchFace
 from test_ort_allocator import OrtFace
 
 from glake_infer import Pool
@@ -83,7 +83,7 @@ class CudaTensorRTFace(OnDevice, TensorRTFace):
         super().__init__(pool)
 
 
-class CudaOrtFace(OnDevice, OrtFace):
+class CudaOrtFace(OnDevice, OfPool, OrtFace):
     """Alloc, Reserve, AllocOnStream and Free as ONNX Runtime calls them."""
 
     def __init__(self, pool, capture, way, streams):
@@ -101,18 +101,6 @@ class CudaOrtFace(OnDevice, OrtFace):
 
     def allocate_on(self, size, stream):
         return _native.ort_allocate(size, False, self.pool.device, stream)
-
-    def stats(self):
-        return self.pool._open().stats()
-
-    def set_limit(self, limit):
-        self.pool.limit = limit
-
-    def trim(self):
-        return self.pool.trim()
-
-    def check_invariants(self):
-        self.pool.check_invariants()
 
 
 class TestCudaPool(AllocatorConformance):
