@@ -126,6 +126,8 @@ class TestChecks:
     )
     def test_a_file_that_cannot_be_read(self, broker, join, files, make):
         client, weights, tokens = self.acquired(broker, join, files)
+        client.loaded(tokens, change=flipped(0))  # so that no check reads the file that goes
+        client.expect(p.Acquired, p.Acquire(chunks=tokens))
         path = files.folder / weights[0].digest
         memory = client.memory(tokens[0])
         content = path.read_bytes()
