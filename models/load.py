@@ -146,13 +146,14 @@ def load(
     priority
         Of loads that go on at the same time, those of higher priority have the links first. It becomes `Model.priority`.
     progress
-        Called with the bytes of weights that are on the GPU, and all that have to go there; in any thread.
+        Called with the bytes of weights that are on the GPU, and all that have to go there; in any thread. For an engine:
+        with the bytes of its plan that were read, and all. What it raises ends the load.
     engine
         "auto": on a GPU the package's TensorRT engine, where it has one (`gi.convert(..., engine=)`), else its graph with
         ONNX Runtime, as on the CPU; "onnxruntime": the graph; "tensorrt-rtx" or "tensorrt": that engine. An engine that
         was built for another GPU, or by another version, is an error. For engines `offload` is about weights that
         TensorRT streams while it runs (`--streaming` at conversion); what is ONNX Runtime's matter (`sharing`,
-        `optimization`, `threads`, `configure`, `provider_options`, `streams`) is not used, and `progress` is not called.
+        `optimization`, `threads`, `configure`, `provider_options`, `streams`) is not used.
     concurrency
         Of an engine: how many runs may go on at the same time; others wait. Each has a context and a stream, and leases
         scratch memory from the pool while it runs.
@@ -171,7 +172,7 @@ def load(
     """
     settings = EngineSettings(
         concurrency=concurrency, cuda_graph=cuda_graph, host_copy=host_copy, offload=offload, headroom=headroom,
-        priority=priority,
+        priority=priority, progress=progress,
     )  # fmt: skip
     store = store or Store()
     on = pool.device if pool is not None else parse_device(device or "cpu")

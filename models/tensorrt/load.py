@@ -30,6 +30,7 @@ from glake_infer.models.tensorrt.packages import kinds_for
 from glake_infer.models.tensorrt.plan import Plan
 from glake_infer.models.tensorrt.reader import make_reader
 from glake_infer.models.tensorrt.runtimes import EngineRuntime
+from glake_infer.transfers.device import Progress
 
 _checker = Checker()
 """What this process knows of the files of plans."""
@@ -45,6 +46,7 @@ class EngineSettings:
     offload: Offload = "none"
     headroom: int | str | None = None
     priority: int = 0
+    progress: Progress | None = None
     deferred: bool = False
     """Let TensorRT bring its weights by `load_weights`, and take them away by `unload_weights`, in place of our blocks: they
     are shared with nobody, and come from the store through TensorRT. For comparison; needs TensorRT-RTX 1.7."""
@@ -182,7 +184,7 @@ def _deserialize(model: EngineModel, plan: Plan, settings: EngineSettings) -> tu
     def read(failed: Callable[[], bool]) -> None:
         made.clear()  # the file changed meanwhile
         runtime.take_errors()
-        made.append(_read_plan(model, plan, failed))
+        made.append(_read_plan(model, plan, failed, settings.progress))
 
     loading = None
     with _altered(model):
@@ -212,14 +214,14 @@ def _deserialize(model: EngineModel, plan: Plan, settings: EngineSettings) -> tu
     return made.pop(), loading
 
 
-def _read_plan(model: EngineModel, plan: Plan, failed: Callable[[], bool]) -> Any:
-    """Deserialize once. Raises OutOfMemoryError, PackageError, or what reading the plan does."""
+def _read_plan(model: EngineModel, plan: Plan, failed: Callable[[], bool], progress: Progress | None) -> Any:
+    """Deserialize once. Raises OutOfMemoryError, PackageError, or what reading the plan, or `progress`, does."""
     runtime, entry = model._runtime, plan.entry
     reader = None
     with runtime.allocator.tagged("weights"):
         if hasattr(runtime.module, "IStreamReaderV2"):
             try:
-                reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed())
+                reader = make_reader(runtime.module, plan, entry.bytes, lambda: not failed(), progress)
             except RuntimeError as error:
                 raise DriverError(
                     f"{entry.kind} {runtime.version} cannot read a plan here: {error}. It needs NVIDIA's driver; "
@@ -236,6 +238,8 @@ def _read_plan(model: EngineModel, plan: Plan, failed: Callable[[], bool]) -> An
             f"{model.package.manifest.source.name} again with --engine {entry.kind}, or load it with engine='onnxruntime'",
             PackageError,
         )
+    if progress is not None:
+        progress(entry.bytes, entry.bytes)
     return engine
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
+from glake_infer.transfers.device import Progress
+
 PIECE = 64 << 20
 """Most bytes that TensorRT is given at once; it asks again for the rest."""
 
@@ -19,25 +21,37 @@ class ReadablePlan(Protocol):
 
 
 def make_reader(
-    trt: ModuleType, plan: ReadablePlan, size: int, go_on: Callable[[], bool] | None = None
+    trt: ModuleType,
+    plan: ReadablePlan,
+    size: int,
+    go_on: Callable[[], bool] | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Return an IStreamReaderV2 of the module `trt` over a plan of `size` bytes.
 
     What fails while it reads ends the reading, and is kept in its `error`: nothing may be raised into TensorRT. So does
-    `go_on()`, where it says no. Needs a CUDA driver with the real library (RuntimeError).
+    `go_on()`, where it says no. `progress` is called with the bytes that were read, and `size`, in the thread that reads.
+    Needs a CUDA driver with the real library (RuntimeError).
     """
-    return _reader_class(trt)(plan, size, go_on)
+    return _reader_class(trt)(plan, size, go_on, progress)
 
 
 @functools.cache
 def _reader_class(trt: ModuleType) -> Any:
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc, name-defined]
-        def __init__(self, plan: ReadablePlan, size: int, go_on: Callable[[], bool] | None) -> None:
+        def __init__(
+            self,
+            plan: ReadablePlan,
+            size: int,
+            go_on: Callable[[], bool] | None,
+            progress: Progress | None,
+        ) -> None:
             trt.IStreamReaderV2.__init__(self)
             self._plan = plan
             self._size = size
             self._go_on = go_on
-            self._position = 0
+            self._progress = progress
+            self._position = self._furthest = 0
             self.error: BaseException | None = None
 
         def read(self, num_bytes: int, stream: int) -> bytes:
@@ -49,6 +63,10 @@ def _reader_class(trt: ModuleType) -> Any:
                 size = min(int(num_bytes), PIECE, self._size - self._position)
                 data = self._plan.read(self._position, size) if size > 0 else b""
                 self._position += len(data)
+                if self._position > self._furthest:  # TensorRT reads the beginning twice
+                    self._furthest = self._position
+                    if self._progress is not None:
+                        self._progress(self._furthest, self._size)
                 return data
             except BaseException as error:
                 self.error = error.with_traceback(None)  # it would keep this, and who called TensorRT

@@ -280,9 +280,18 @@ def test_weights_that_come_later_come_from_the_pool(pool, allocator, runtime, pl
 
 
 def test_gi_load_takes_a_package_with_an_engine(pool, packages):
-    with gi.load(packages[1].path, pool, store=packages[1].store) as model:
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+
+    with gi.load(packages[1].path, pool, store=packages[1].store, progress=progress) as model:
         held = pool.stats().reserved
         assert held >= 400 * MiB
+        size = packages[1].manifest.engines["tensorrt-rtx"].bytes
+        assert len(told) > 5
+        assert told == sorted(told)
+        assert told[-1] == (size, size)
         with gi.load(packages[0].path, pool, store=packages[0].store) as other:
             assert pool.stats().reserved - held <= 0.03 * held
             assert other.memory.shared >= 0.97 * (other.memory.shared + other.memory.own)

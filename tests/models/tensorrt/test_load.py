@@ -1,5 +1,6 @@
 """Engines are loaded: what is checked before, what is told, what is left after an error."""
 
+import gc as garbage
 import re
 import sys
 
@@ -193,3 +194,28 @@ def test_without_tensorrt_the_error_says_what_to_install(tmp_path, store, weight
 def test_settings_are_checked(settings):
     with pytest.raises(gi.InputError, match=next(iter(settings))):
         EngineSettings(**settings)
+
+
+def test_progress_is_told_of_all_that_is_read(tmp_path, store, load, weights):
+    told = []
+    model = load(linear(tmp_path, store, weights), progress=lambda done, total: told.append((done, total)))
+    (size,) = {total for _, total in told}
+    assert size == model.package.manifest.engines["tensorrt-rtx"].bytes
+    done = [each for each, _ in told]
+    assert len(done) > 2
+    assert done == sorted(done)
+    assert done[-1] == size
+
+
+@pytest.mark.parametrize("at", [0, 0.9, 1])
+def test_what_progress_raises_ends_the_load(at, tmp_path, store, load, weights, trt, pool):
+    def stop(done, total):
+        if done >= at * total:
+            raise KeyboardInterrupt
+
+    path = linear(tmp_path, store, weights)
+    with pytest.raises(KeyboardInterrupt):
+        load(path, progress=stop)
+    garbage.collect()
+    assert not trt.engines
+    assert pool.stats().active == 0
