@@ -897,7 +897,8 @@ class TestFork:
             del transfer, load, engine, host
             import gc; gc.collect()
             os._exit(0 if told == 13 and right else told + 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == 0, status
         assert transfer.wait(20) and transfer.view()["done"] == 200_000
         engine.give_buffer(kept)
         with timeline.record() as made:
@@ -906,6 +907,10 @@ class TestFork:
         print("fine")
     """
 
+    @pytest.mark.skipif(
+        "GLAKE_SANITIZED" in os.environ,
+        reason="in a child, a lock of AddressSanitizer's malloc stays with the thread that had it",
+    )
     def test_a_child_is_told_and_the_parent_goes_on(self, tmp_path, python):
         process = python(self.CODE, tmp_path / "file")
         out, errors = process.communicate(timeout=60)
