@@ -60,7 +60,7 @@ def export(
     store = store or Store()
     with store.using():
         opened = Package(package, store)
-        opened.check_present()
+        opened.check_present(opened.manifest.distinct_of("onnx"))
         name = opened.name
         model, data = f"{name}.onnx", f"{name}.onnx.data"
         _check_replaceable(folder / model)

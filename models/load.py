@@ -219,7 +219,7 @@ def load(
         model = SessionModel(package, place, sharing, host_copy, maps=maps_weights(place))
         model._offload, model._headroom = parsed, headroom_for(place.limit, headroom)
         model._priority = priority
-        package.check_present()
+        package.check_present(package.manifest.distinct_of_graphs)
         variant = _variant(package, place, sharing)
         for attempt in itertools.count():
             prepared = _prepared(model, variant, optimization, options)

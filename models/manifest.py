@@ -321,9 +321,14 @@ class Manifest(_Part):
         return sum(weight.bytes for weight in self.weights_of())
 
     @property
+    def distinct_of_graphs(self) -> dict[str, int]:
+        """Digest -> bytes of every distinct weight of all variants."""
+        return {weight.digest: weight.bytes for weight in self.weights}
+
+    @property
     def distinct(self) -> dict[str, int]:
         """Digest -> bytes of all that the package needs of the store: weights of all variants, parts of engines."""
-        found = {weight.digest: weight.bytes for weight in self.weights}
+        found = self.distinct_of_graphs
         for engine in self.engines.values():
             found.update(engine.objects)
         return found

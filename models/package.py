@@ -168,13 +168,13 @@ class Package:
                 f"the manifest lists the weight {extra[0]!r}, which {path} does not use. {self._again()}"
             )
 
-    def check_present(self) -> None:
-        """Raise unless all that the package needs lies in the store, of its size and untouched (loading checks the bytes).
+    def check_present(self, needed: Mapping[str, int] | None = None) -> None:
+        """Raise unless what is needed lies in the store, of its size and untouched (loading checks the bytes).
 
-        PackageError names a weight, or a part of an engine, that is missing or short, DigestMismatchError one that was
-        changed.
+        `needed`: digest -> bytes; None: all that the package has. PackageError names a weight, or a part of an engine,
+        that is missing or short, DigestMismatchError one that was changed.
         """
-        for digest, size in self.manifest.distinct.items():
+        for digest, size in (self.manifest.distinct if needed is None else needed).items():
             state = self.store.objects.state(digest, size)
             if state == "altered":
                 raise self.damaged(digest)
@@ -186,7 +186,7 @@ class Package:
         return PackageError(
             f"{self._called(digest)} of {self.path} is {state} in the store: "
             f"{self.store.objects.path(digest)} "
-            f"should hold {self.manifest.distinct[digest]} bytes. {self._restore(damaged=state == 'short')}"
+            f"should hold {self.manifest.distinct[digest]} bytes. {self._restore(digest, damaged=state == 'short')}"
         )
 
     def damaged(self, digest: str) -> DigestMismatchError:
@@ -195,7 +195,7 @@ class Package:
         return DigestMismatchError(
             f"{self._called(digest)} was changed on disk: "
             f"{self.store.objects.path(digest)} no longer has "
-            f"the digest it is named by. Hurt: {', '.join(hurt)}. {self._restore(damaged=True)}"
+            f"the digest it is named by. Hurt: {', '.join(hurt)}. {self._restore(digest, damaged=True)}"
         )
 
     def _called(self, digest: str) -> str:
@@ -207,12 +207,13 @@ class Package:
                 return f"a part of the {kind} engine, {digest[:16]},"
         return f"the weight {digest!r}"
 
-    def verify(self) -> Iterator[tuple[str, int]]:
-        """Check every graph and every weight's bytes; yields (digest, bytes) after each distinct weight."""
+    def verify(self, needed: Mapping[str, int] | None = None) -> Iterator[tuple[str, int]]:
+        """Check every graph, and the bytes of what is `needed`, as for `check_present`; yields (digest, bytes) of each."""
         for variant in self.manifest.variants:
             self.graph(variant)
-        self.check_present()
-        for digest, size in self.manifest.distinct.items():
+        needed = self.manifest.distinct if needed is None else needed
+        self.check_present(needed)
+        for digest, size in needed.items():
             if digest_of_file(self.store.objects.path(digest)) != digest:
                 raise self.damaged(digest)
             yield digest, size
@@ -220,10 +221,13 @@ class Package:
     def _again(self) -> str:
         return f"Convert {self.manifest.source.name} again."
 
-    def _restore(self, *, damaged: bool = False) -> str:
+    def _restore(self, digest: str, *, damaged: bool = False) -> str:
+        meanwhile = ""
+        if digest not in self.manifest.distinct_of_graphs:
+            meanwhile = " Until then engine='onnxruntime' runs the graph, which does not need it."
         first = "Remove it with `glake-infer store verify --remove`, then convert" if damaged else "Convert"
         return (
-            f"{first} {self.manifest.source.name} again, or import its archive. If the package was made with another "
-            f"store, set GLAKE_STORE to it (now {self.store.root}). (`glake-infer store gc` takes the weights of a package "
-            f"that was moved to another folder and not opened there before.)"
+            f"{first} {self.manifest.source.name} again, or import its archive.{meanwhile} If the package was made with "
+            f"another store, set GLAKE_STORE to it (now {self.store.root}). (`glake-infer store gc` takes the weights of a "
+            f"package that was moved to another folder and not opened there before.)"
         )

@@ -141,7 +141,9 @@ def _build(package: Package, variant: str, folder: Path, *, prepack: bool, optio
     import onnxruntime as ort
 
     store = package.store
-    for _ in package.verify():  # a wrong byte would be fused into other weights
+    for _ in package.verify(
+        package.manifest.distinct_of_graphs
+    ):  # a wrong byte would be fused into other weights
         pass
     temporary = temporary_sibling(folder)
     with storage_errors("preparing the model for this machine", store.root):
@@ -204,7 +206,9 @@ def _cut_one(tensor: TensorProto, fd: int, package: Package) -> PreparedWeight:
     packed = {key: value for key, value in sorted(entries.items()) if key.startswith("prepacked_")}
     if not packed:
         digest, length = digest_of_range(fd, *weight)
-        stored = digest in package.manifest.distinct  # another package's weight may go with that package
+        stored = (
+            digest in package.manifest.distinct_of_graphs
+        )  # another package's weight may go with that package
         folder = store.objects if stored else store.prepared_objects
         if not stored and not folder.holds(digest, length, thorough=True):
             folder.add(digest, length, pieces_of(fd, *weight))

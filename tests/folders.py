@@ -13,3 +13,13 @@ def tree(folder):
 def temporaries(*folders):
     """What looks half-written below the folders."""
     return [path for folder in folders for path in Path(folder).rglob("*") if path.name.endswith(".tmp")]
+
+
+def flip_bit(path, at=100):
+    """Change one bit of a file of the store, or change it back."""
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))

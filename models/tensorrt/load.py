@@ -106,7 +106,8 @@ def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettin
     parse_offload(settings.offload)
     plan = Plan(package, kind)
     entry = plan.entry
-    package.check_present()
+    sizes = package.manifest.distinct
+    package.check_present({digest: sizes[digest] for digest in entry.needed})
     runtime = EngineRuntime.of(pool, kind)
     _check_fit(package, entry, runtime)
     model = EngineModel(package, pool, settings.host_copy, kind)

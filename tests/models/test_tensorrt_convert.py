@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from building import floats, matrix, model, save, tensor, typed
+from folders import flip_bit
 from onnx import TensorProto, helper
 
 import glake_infer as gi
@@ -541,10 +542,7 @@ def test_verify_and_loading_name_a_damaged_part(copied):
     entry = read_manifest(package).engines[RTX]
     (digest,) = entry.compressed
     path = store.objects.path(digest)
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
+    flip_bit(path)
     opened = gi.Package(package, store)
     with pytest.raises(
         DigestMismatchError, match=rf"a part of the {RTX} engine, {digest[:16]}, was changed on disk"

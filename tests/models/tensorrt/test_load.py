@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import standin_tensorrt as standin
-from engine_packages import check, linear, package, rows, small_graph
+from engine_packages import check, linear, matrices, package, rows, small_graph
+from folders import flip_bit
 
 import glake_infer as gi
+from glake_infer.models.package import write_package
 from glake_infer.models.tensorrt.device import HostDevice
 from glake_infer.models.tensorrt.load import EngineSettings, load_engine
 from glake_infer.models.tensorrt.plan import Plan
@@ -219,3 +221,37 @@ def test_what_progress_raises_ends_the_load(at, tmp_path, store, load, weights, 
     garbage.collect()
     assert not trt.engines
     assert pool.stats().active == 0
+
+
+def test_a_damaged_part_stops_only_what_needs_it(tmp_path, store, load, weights, pool):
+    path = linear(tmp_path, store, weights)
+    opened = gi.Package(path, store)
+    part = next(iter(opened.manifest.engines["tensorrt-rtx"].objects))
+    flip_bit(store.objects.path(part))
+    with pytest.raises(gi.DigestMismatchError, match=r"Until then engine='onnxruntime' runs the graph"):
+        load(path)
+    with gi.load(path, pool, store=store, engine="onnxruntime") as model:
+        assert model.run({"x": rows(1)})["y"].shape == (1, 512)
+    assert gi.export(path, tmp_path / "out", store=store).bytes
+    store.objects.path(part).unlink()
+    with pytest.raises(gi.PackageError, match=r"missing.*Until then engine='onnxruntime' runs the graph"):
+        load(path)
+    gi.load(path, pool, store=store, engine="onnxruntime").close()
+    with pytest.raises(gi.PackageError, match="missing"):
+        list(opened.verify())
+
+
+def test_a_damaged_weight_that_the_engine_does_not_need(tmp_path, store, load, weights, pool):
+    path, other = linear(tmp_path, store, matrices(1)), linear(tmp_path, store, weights, "other")
+    manifest, donor = gi.Package(path, store).manifest, gi.Package(other, store).manifest
+    engine = donor.engines["tensorrt-rtx"]
+    engine = engine.model_copy(update={"objects": donor.distinct})
+    files = {v.graph: (path / v.graph).read_bytes() for v in manifest.variants.values()}
+    with store.using():
+        write_package(store, path, manifest.model_copy(update={"engines": {engine.kind: engine}}), files)
+    hurt = manifest.weights[0].digest
+    assert hurt not in engine.needed
+    flip_bit(store.objects.path(hurt))
+    check(load(path).run({"x": rows(1)}), weights, rows(1))
+    with pytest.raises(gi.DigestMismatchError, match="the weight"):
+        gi.load(path, pool, store=store, engine="onnxruntime")

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from engine_packages import check, linear, rows, run_at_once
+from folders import flip_bit
 
 import glake_infer as gi
 from glake_infer.models.tensorrt.plan import Plan
@@ -74,14 +75,10 @@ def test_a_weight_that_was_changed_on_disk_is_named(model, weights, store):
     model.suspend()
     part = max(Plan(model.package, "tensorrt-rtx").entry.parts, key=lambda part: part.bytes)
     path = store.objects.path(part.digest)
-    path.chmod(0o644)
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
+    flip_bit(path)
     with pytest.raises(gi.DigestMismatchError, match=re.escape(str(path))):
         model.run({"x": rows(1)})
-    data[100] ^= 1
-    path.write_bytes(data)
+    flip_bit(path)
     check(model.run({"x": rows(1)}), weights, rows(1))
 
 
