@@ -161,6 +161,7 @@ def gc(
         ),
         ("kept", f"{report.kept_objects} objects of {output.size(report.kept_bytes)}"),
         ("prepared graphs", f"{report.prepared} of packages that are gone"),
+        ("compiled engines", f"{report.compiled} that are in no package"),
         ("left by killed processes", str(report.temporary)),
     ]
     parts: list[Any] = [output.facts(rows)]

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from glake_infer.allocators.errors import StoreError
 from glake_infer.store import MANIFEST, ObjectFolder, Record, Store
@@ -74,6 +75,7 @@ class GcReport:
     kept_objects: int = 0
     kept_bytes: int = 0
     prepared: int = 0
+    compiled: int = 0
     temporary: int = 0
     vanished: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
@@ -179,6 +181,7 @@ def _gc_locked(store: Store, dry_run: bool) -> GcReport:
     _remove_temporaries(store, report)
     live: set[str] = set()
     identities: set[str] = set()
+    plans: set[str] = set()
     known = {record.path for record in store.records()}
     for record in list(store.records()):
         path: Path | None = record.path if record.exists() else _renamed(record, known)
@@ -192,9 +195,10 @@ def _gc_locked(store: Store, dry_run: bool) -> GcReport:
             if not dry_run:
                 record.file.unlink(missing_ok=True)
                 store.register(path, record.identity, record.digests)
-        identity, digests = _needed(path, record)
-        live |= digests
-        identities |= {identity, record.identity}
+        needed = _needed(path, record)
+        live |= needed.objects
+        identities |= {needed.identity, record.identity}
+        plans |= needed.plans
     for digest, status in store.objects:
         if digest in live:
             report.kept_objects += 1
@@ -205,6 +209,7 @@ def _gc_locked(store: Store, dry_run: bool) -> GcReport:
             if not dry_run:
                 store.objects.path(digest).unlink(missing_ok=True)
     _remove_prepared(store, identities, report)
+    _remove_compiled(store, plans, report)
     if not dry_run:
         Verified(store.root).compact()
     return report
@@ -216,6 +221,7 @@ def _remove_temporaries(store: Store, report: GcReport) -> None:
     leftovers += store.root.glob(".verified.*.tmp")
     leftovers += store.pending.glob(".*.tmp")
     leftovers += store.prepared.glob(".*.tmp")
+    leftovers += store.compiled.glob("*/.*.tmp")
     leftovers += (lock for lock in store.prepared.glob("*.lock") if not lock.with_suffix("").is_dir())
     for note in store.pending.glob("[0-9a-f]*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -254,8 +260,26 @@ def _remove_prepared(store: Store, identities: set[str], report: GcReport) -> No
                 store.prepared_objects.path(digest).unlink(missing_ok=True)
 
 
-def _needed(path: Path, record: Record) -> tuple[str, frozenset[str]]:
-    """Identity and objects of the package at `path`: what is recorded, and what its manifest says.
+def _remove_compiled(store: Store, plans: set[str], report: GcReport) -> None:
+    """Remove what TensorRT compiled for engines that are in no package."""
+    for folder in store.compiled.glob("*/"):
+        if folder.name not in plans:
+            report.compiled += 1
+            if not report.dry_run:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Needed(NamedTuple):
+    """What a package needs of the store."""
+
+    identity: str
+    objects: frozenset[str]
+    plans: frozenset[str] = frozenset()
+    """Digests of its engines' plans."""
+
+
+def _needed(path: Path, record: Record) -> _Needed:
+    """What the package at `path` needs: what is recorded, and what its manifest says.
 
     They differ where a convert was killed between registering the new version and putting it in place, and
     where a package was copied over another.
@@ -263,11 +287,11 @@ def _needed(path: Path, record: Record) -> tuple[str, frozenset[str]]:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads((path / MANIFEST).read_bytes())
         found = {str(weight["digest"]) for weight in content["weights"]}
-        found |= {
-            str(digest) for engine in content.get("engines", {}).values() for digest in engine["objects"]
-        }
-        return str(content["identity"]), record.digests | found
-    return record.identity, record.digests
+        engines = content.get("engines", {}).values()
+        found |= {str(digest) for engine in engines for digest in engine["objects"]}
+        plans = frozenset(str(engine["digest"]) for engine in engines)
+        return _Needed(str(content["identity"]), record.digests | found, plans)
+    return _Needed(record.identity, record.digests)
 
 
 def _renamed(record: Record, known: set[Path]) -> Path | None:

@@ -6,6 +6,7 @@
     ROOT/archives/KEY/NAME.glake   a package taken from an archive, for all processes of a node (models/node_packages.py)
     ROOT/packages/HASH.json        which package lies where and which objects it needs
     ROOT/tensorrt/                 what TensorRT timed on this machine (models/tensorrt/build.py)
+    ROOT/tensorrt/jit/PLAN/KEY     what it compiled for an engine, named by its plan's digest (models/tensorrt/jit_cache.py)
     ROOT/pending/ID.json           a folder that is being written; what a killed process left is found here
     ROOT/verified                  whose bytes were found right, and are not read for that again (verified.py)
     ROOT/lock                      held shared by whoever reads or adds objects, exclusively by gc
@@ -246,6 +247,7 @@ class Store:
         self.objects = ObjectFolder(self.root, "objects")
         self.prepared = self.root / "prepared"
         self.prepared_objects = ObjectFolder(self.root, "prepared/objects")
+        self.compiled = self.root / "tensorrt" / "jit"
         self.packages = self.root / "packages"
         self.pending = self.root / "pending"
 

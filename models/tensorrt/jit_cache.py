@@ -1,8 +1,9 @@
 """What TensorRT-RTX compiles for a GPU when it first runs an engine, kept on disk for the next process.
 
-    ROOT/tensorrt/jit/KEY    the BLAKE3 of the rest (64 characters), then the serialized cache
+    ROOT/tensorrt/jit/PLAN/KEY    the BLAKE3 of the rest (64 characters), then the serialized cache
 
-KEY stands for the plan, the library's version and the GPU's name. A file that is damaged, or that TensorRT does not take
+PLAN is the digest of the engine's plan: `store gc` removes the caches of engines that are in no package. KEY stands for
+the library's version and the GPU's name. A file that is damaged, or that TensorRT does not take
 (another driver, say), is as good as none, and is replaced. `ROOT` is the store's folder; the files may be deleted at
 any time.
 """
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from glake_infer.digest import DIGEST_LENGTH, digest_of
-from glake_infer.models.tensorrt.build import CACHES
 from glake_infer.models.tensorrt.library import LOGGER
 from glake_infer.store import Store, temporary_sibling
 
@@ -29,7 +29,7 @@ class JitCache:
 
     def __init__(self, store: Store, plan: str, version: str, gpu: str) -> None:
         """Of the plan with this digest."""
-        self.path = store.root / CACHES / "jit" / digest_of("\n".join((plan, version, gpu)).encode())
+        self.path = store.compiled / plan / digest_of(f"{version}\n{gpu}".encode())
         self._lock = threading.Lock()
         self._cache: Any = None
         self._written = ""

@@ -2,6 +2,7 @@
 
 import gc as garbage
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from engine_packages import check, linear, matrices, package, rows, small_graph
 from folders import flip_bit
 
 import glake_infer as gi
+from glake_infer.maintenance import gc
 from glake_infer.models.package import write_package
 from glake_infer.models.tensorrt.device import HostDevice
 from glake_infer.models.tensorrt.load import EngineSettings, load_engine
@@ -24,7 +26,7 @@ def test_what_was_compiled_is_kept_and_taken_again(tmp_path, store, load, weight
     path = linear(tmp_path, store, weights)
     model = load(path)
     model.run({"x": rows(1)})
-    (file,) = (store.root / "tensorrt" / "jit").iterdir()
+    (file,) = store.compiled.glob("*/*")
     assert file.read_bytes()[64:] == b"cache of 1 contexts"
     model.close()
     again = load(path)
@@ -35,6 +37,22 @@ def test_what_was_compiled_is_kept_and_taken_again(tmp_path, store, load, weight
     load(path).run({"x": rows(1)})
     assert trt.events.count("cache taken") == 1  # it was damaged
     assert file.read_bytes()[64:].startswith(b"cache of")
+
+
+def test_what_was_compiled_goes_with_the_engine(tmp_path, store, load, weights):
+    first, second = linear(tmp_path, store, weights), linear(tmp_path, store, matrices(1), "second")
+    for path in (first, second):
+        load(path).run({"x": rows(1)})
+    kept, gone = (
+        store.compiled / gi.Package(p, store).manifest.engines["tensorrt-rtx"].digest for p in (first, second)
+    )
+    assert kept.is_dir()
+    (kept / ".x.1.tmp").write_bytes(b"half")
+    assert (gc(store).compiled, gone.is_dir()) == (0, True)
+    assert len(list(kept.iterdir())) == 1
+    shutil.rmtree(second)
+    assert (gc(store, dry_run=True).compiled, gone.is_dir()) == (1, True)
+    assert (gc(store).compiled, gone.exists(), kept.is_dir()) == (1, False, True)
 
 
 @pytest.mark.parametrize(
