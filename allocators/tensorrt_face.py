@@ -90,9 +90,8 @@ class _Thread(threading.local):
     tag: EngineTag = "context"
     source: BlockSource | None = None
     error: GlakeError | None = None
-    interrupt: BaseException | None = (
-        None  # Ctrl-C inside a request, which nobody above TensorRT has seen yet
-    )
+    interrupt: BaseException | None = None
+    """Ctrl-C inside a request, which nobody above TensorRT has seen yet."""
 
 
 @dataclass

@@ -60,7 +60,8 @@ def export(
     store = store or Store()
     with store.using():
         opened = Package(package, store)
-        opened.check_present(opened.manifest.distinct_of("onnx"))
+        needed = opened.manifest.distinct_of("onnx")
+        opened.check_present(needed)
         name = opened.name
         model, data = f"{name}.onnx", f"{name}.onnx.data"
         _check_replaceable(folder / model)
@@ -68,7 +69,7 @@ def export(
         helper.set_model_props(graph, {**_properties(graph), EXPORTED: opened.manifest.identity})
         external = [item.tensor for item in initializers(graph) if is_external(item.tensor)]
         weights = {weight.name: weight for weight in opened.manifest.weights}
-        total = sum(opened.manifest.distinct_of("onnx").values())
+        total = sum(needed.values())
         offsets: dict[str, int] = {}
         position = 0
         made = not folder.exists()

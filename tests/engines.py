@@ -11,6 +11,7 @@ from trampoline import Trampoline
 import glake_infer as gi
 from glake_infer.checking import File
 from glake_infer.digest import digest_of
+from glake_infer.engine_weights import EngineWeights
 from glake_infer.plan_bytes import TRAILER, Stretch
 from glake_infer.residency import Residency
 
@@ -91,3 +92,14 @@ class Engine:
 def random_weights(seed, *sizes):
     rng = np.random.default_rng(seed)
     return [rng.bytes(size) for size in sizes]
+
+
+def load(allocator, pool, plan, *, known=True, **options):
+    """Load a plan whose stretches are `known`, or not, as `gi.load` does; the engine has its `holding` and `report`."""
+    stretches = plan.stretches if known else ()
+    with EngineWeights.of(pool).loading(
+        allocator, plan_bytes=len(plan.bytes), stretches=stretches, **options
+    ) as loading:
+        engine = Engine(allocator, plan)
+    engine.holding, engine.report = loading.holding, loading.report
+    return engine

@@ -11,7 +11,7 @@ from typing import Any
 from glake_infer.allocators.errors import DriverError, GlakeError, InputError, PackageError
 from glake_infer.allocators.pool import Pool
 from glake_infer.allocators.sizes import format_bytes
-from glake_infer.checking import AlteredObjectError, Checker, File
+from glake_infer.checking import AlteredObjectError, Checker
 from glake_infer.engine_weights import EngineWeights, Loading
 from glake_infer.holding import HostCopy
 from glake_infer.models.manifest import Engine
@@ -106,8 +106,7 @@ def load_engine(package: Package, pool: Pool, kind: Kind, settings: EngineSettin
     parse_offload(settings.offload)
     plan = Plan(package, kind)
     entry = plan.entry
-    sizes = package.manifest.distinct
-    package.check_present({digest: sizes[digest] for digest in entry.needed})
+    package.check_present({file.digest: file.length for file in plan.files().values()})
     runtime = EngineRuntime.of(pool, kind)
     _check_fit(package, entry, runtime)
     model = EngineModel(package, pool, settings.host_copy, kind)
@@ -180,6 +179,7 @@ def _deserialize(model: EngineModel, plan: Plan, settings: EngineSettings) -> tu
     """The ICudaEngine, and what became of its block of weights."""
     runtime, entry = model._runtime, plan.entry
     weights = EngineWeights.of(model.pool)
+    files = list(plan.files().values())
     made: list[Any] = []
 
     def read(failed: Callable[[], bool]) -> None:
@@ -197,7 +197,7 @@ def _deserialize(model: EngineModel, plan: Plan, settings: EngineSettings) -> tu
             if settings.deferred:
                 runtime.runtime.defer_weights_loading = True
             try:
-                _checker.beside(_files(plan), read)
+                _checker.beside(files, read)
             finally:
                 if settings.deferred:
                     runtime.runtime.defer_weights_loading = False
@@ -211,7 +211,7 @@ def _deserialize(model: EngineModel, plan: Plan, settings: EngineSettings) -> tu
                 priority=settings.priority,
                 host_copy=settings.host_copy,
             ) as loading:
-                _checker.beside(_files(plan), read)
+                _checker.beside(files, read)
     return made.pop(), loading
 
 
@@ -351,12 +351,6 @@ def _bringer(model: EngineModel, plan: Plan, engine: Any) -> Callable[[], None]:
                 raise runtime.failure(f"the weights of {model.name} could not be loaded")
 
     return bring
-
-
-def _files(plan: Plan) -> list[File]:
-    """Every object that the plan is made of."""
-    store, sizes = plan.package.store, plan.package.manifest.distinct
-    return [File(store.objects.path(d), d, sizes[d], store.root) for d in sorted(plan.entry.needed)]
 
 
 @contextlib.contextmanager

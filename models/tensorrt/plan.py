@@ -25,6 +25,7 @@ from glake_infer.models.tensorrt.search import STEP, Bytes, Needle, Place, Weave
 from glake_infer.store import Store
 
 if TYPE_CHECKING:
+    from glake_infer.checking import File
     from glake_infer.models.package import Package
     from glake_infer.plan_bytes import Stretch
 
@@ -232,6 +233,13 @@ class Plan:
         self.entry: Engine = engines[kind]
         self._unpacked: dict[str, bytes] = {}
 
+    def files(self) -> dict[str, File]:
+        """Every object that it is made of, by digest."""
+        from glake_infer.checking import File
+
+        store, sizes = self.package.store, self.package.manifest.distinct
+        return {d: File(store.objects.path(d), d, sizes[d], store.root) for d in sorted(self.entry.needed)}
+
     def to_bytes(self) -> bytes:
         """The whole plan, its digest checked."""
         data = self.read(0, self.entry.bytes)
@@ -277,12 +285,9 @@ class Plan:
 
         Woven bytes are one stretch of rows for each strand.
         """
-        from glake_infer.checking import File
         from glake_infer.plan_bytes import Stretch
 
-        store = self.package.store
-        sizes = self.package.manifest.distinct
-        files = {d: File(store.objects.path(d), d, sizes[d], store.root) for d in self.entry.needed}
+        files = self.files()
         made: list[Stretch] = []
         for part in self.entry.parts:
             if isinstance(part, Part):

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from engines import Engine, Plan, engine_pool, random_weights
+from engines import Engine, Plan, engine_pool, load, random_weights
 
 import glake_infer as gi
 from glake_infer.checking import AlteredObjectError
@@ -33,16 +33,6 @@ def allocator(pool):
 @pytest.fixture
 def folder(tmp_path):
     return tmp_path
-
-
-def load(allocator, pool, plan, *, known=True, **options):
-    stretches = plan.stretches if known else ()
-    with EngineWeights.of(pool).loading(
-        allocator, plan_bytes=len(plan.bytes), stretches=stretches, **options
-    ) as loading:
-        engine = Engine(allocator, plan)
-    engine.holding, engine.report = loading.holding, loading.report
-    return engine
 
 
 TRUNK = random_weights(1, *[256 * KiB + 128 * k for k in range(16)])

@@ -7,7 +7,7 @@ import threading
 import weakref
 
 import pytest
-from engines import Engine, Plan, engine_pool, random_weights
+from engines import Engine, Plan, engine_pool, load, random_weights
 
 import glake_infer as gi
 from glake_infer import engine_weights
@@ -32,15 +32,6 @@ def pool():
 @pytest.fixture
 def allocator(pool):
     return gi.TensorRTAllocator(pool)
-
-
-def load(allocator, pool, plan, **options):
-    with EngineWeights.of(pool).loading(
-        allocator, plan_bytes=len(plan.bytes), stretches=plan.stretches, **options
-    ) as loading:
-        engine = Engine(allocator, plan)
-    engine.holding, engine.report = loading.holding, loading.report
-    return engine
 
 
 def test_a_block_whose_chunks_are_all_others_too_outlives_a_sweep_while_it_sleeps(pool, allocator, tmp_path):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 
 import pytest
-from engines import Engine, Plan, engine_pool, random_weights
+from engines import Plan, engine_pool, load, random_weights
 
 import glake_infer as gi
 from glake_infer.checking import AlteredObjectError
-from glake_infer.engine_weights import EngineWeights
 from glake_infer.plan_bytes import Stretch
 from glake_infer.stripped_weights import StrippedWeights
 
@@ -158,11 +157,8 @@ def test_an_altered_object_is_named(pool, plan):
 def test_a_block_that_tensorrt_loaded_lends_its_chunks(pool, tmp_path):
     plan = Plan(tmp_path, random_weights(6, MiB, 256 * KiB))
     allocator = gi.TensorRTAllocator(pool, tensorrt)
-    with EngineWeights.of(pool).loading(
-        allocator, plan_bytes=len(plan.bytes), stretches=plan.stretches
-    ) as loading:
-        engine = Engine(allocator, plan)
-    assert loading.report.own_bytes == len(plan.block)
+    engine = load(allocator, pool, plan)
+    assert engine.report.own_bytes == len(plan.block)
     manager = manager_for(pool, plan)
     held = pool.stats().reserved
     weights = StrippedWeights(pool, manager, source_of(plan))
