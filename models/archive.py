@@ -86,9 +86,7 @@ def export_archive(
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
-    return ExportReport(
-        str(target), len({weight.digest for weight in opened.manifest.weights}), target.stat().st_size
-    )
+    return ExportReport(str(target), len(opened.manifest.distinct_of_graphs), target.stat().st_size)
 
 
 def import_archive(
@@ -171,7 +169,7 @@ def _take(
     return ImportReport(
         package=str(target),
         weights=len(manifest.weights),
-        distinct_weights=len({weight.digest for weight in manifest.weights}),
+        distinct_weights=len(manifest.distinct_of_graphs),
         distinct_bytes=total,
         new_bytes=new,
         variants=tuple(manifest.variants),

@@ -147,7 +147,7 @@ def _package(path: Path, store: Store | None) -> InspectedModel:
         InspectedWeight(w.name, w.digest, w.bytes, w.dtype, w.shape) for w in manifest.weights_of("onnx")
     )
     own = manifest.distinct_of("onnx")
-    weighed = {weight.digest: weight.bytes for weight in manifest.weights}
+    weighed = manifest.distinct_of_graphs
     return InspectedModel(
         str(path),
         "package",
